@@ -1,0 +1,121 @@
+"""Train the embedded language model, tests/assets/tiny-gpt2, on the source of Python's standard library.
+
+    python tests/assets/make_tiny_gpt2.py                                # 6 M tokens, half an hour on four cores
+    python tests/assets/make_tiny_gpt2.py --further --tokens 5_000_000   # 5 M more, which made the model as committed
+    python tests/assets/make_tiny_gpt2.py --evaluate                     # the held-out loss of the model as committed
+
+A GPT-2 of 4 blocks x 256, context 128, byte-level BPE of 4096 tokens: small enough for a repository, trained for real,
+so that its residual stream has something to find. Files are split into training and held-out ones by a hash of their
+path (batchtopk.stdlib_documents), so the split is the same on every machine and for every Python version.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+from batchtopk import stdlib_documents  # noqa: E402
+
+FOLDER, CONTEXT, VOCAB, BATCH, TOKENS = HERE / "tiny-gpt2", 128, 4096, 32, 6_000_000
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the training files alone."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(stdlib_documents("train"), trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end)
+
+
+def token_stream(tokenizer, split: str) -> torch.Tensor:
+    """All documents of a split as one row of token ids, each preceded by the end-of-text token."""
+    rows = tokenizer(list(stdlib_documents(split)), add_special_tokens=False)["input_ids"]
+    return torch.tensor([i for row in rows for i in [tokenizer.eos_token_id, *row]])
+
+
+@torch.no_grad()
+def held_out_loss(model, stream: torch.Tensor) -> float:
+    """Mean cross-entropy in nats per predicted token over all full contexts of `stream`."""
+    blocks = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    losses = [model(b, labels=b).loss.item() * len(b) for b in blocks.split(64)]
+    return sum(losses) / len(blocks)
+
+
+@torch.no_grad()
+def muon_step_(parameters, momenta, lr: float, momentum: float = 0.95) -> None:
+    """Muon (Jordan et al. 2024): Nesterov momentum, its update orthogonalised by five Newton-Schulz iterations.
+
+    torch.optim.Muon iterates in bfloat16, which takes ten seconds a step on a CPU without such instructions.
+    """
+    for p, m in zip(parameters, momenta):
+        m.lerp_(p.grad, 1 - momentum)
+        update = p.grad.lerp(m, momentum)
+        x = update.T if update.shape[0] > update.shape[1] else update
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        x = x.T if update.shape[0] > update.shape[1] else x
+        p.add_(x, alpha=-lr * max(1, p.shape[1] / p.shape[0]) ** 0.5)  # Conv1D stores [in, out]
+
+
+def train(tokens: int, further: bool) -> None:
+    torch.manual_seed(1 if further else 0)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER) if further else make_tokenizer()
+    stream, held_out = token_stream(tokenizer, "train"), token_stream(tokenizer, "held-out")
+    print(f"{len(stream):,} training tokens, {len(held_out):,} held-out tokens", flush=True)
+    config = GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=4, n_head=4,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32) if further else GPT2LMHeadModel(config)
+    matrices = [p for n, p in model.named_parameters() if ".h." in n and p.ndim == 2]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    others = [p for n, p in model.named_parameters() if not (".h." in n and p.ndim == 2)]
+    adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    steps, order, losses, start = tokens // (BATCH * CONTEXT), [], [], time.time()
+    for step in range(steps):
+        if len(order) < BATCH:  # a new pass, cut into contexts at a new offset
+            offset = torch.randint(CONTEXT, ()).item()
+            data = stream[offset : offset + (len(stream) - offset) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+            order = torch.randperm(len(data)).tolist()
+        batch = data[[order.pop() for _ in range(BATCH)]]
+        rate = min((step + 1) / 50, 1.0, 2 * (1 - step / steps))  # warm-up, constant, linear decay over the last half
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        muon_step_(matrices, momenta, lr=0.02 * rate)
+        adam.param_groups[0]["lr"] = 3e-3 * rate
+        adam.step()
+        model.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            mean, seconds = sum(losses[-50:]) / 50, time.time() - start
+            print(f"step {step + 1} of {steps}, {seconds:.0f} s, training loss {mean:.3f}", flush=True)
+    model.eval()
+    print(f"held-out loss {held_out_loss(model, held_out):.4f} nats per token", flush=True)
+    model.half().save_pretrained(FOLDER)  # float16 halves the file; loaded back as float32
+    tokenizer.save_pretrained(FOLDER)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--further", action="store_true")
+    parser.add_argument("--evaluate", action="store_true")
+    args = parser.parse_args()
+    if not args.evaluate:
+        train(args.tokens, args.further)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    loss = held_out_loss(model, token_stream(tokenizer, "held-out"))
+    print(f"{FOLDER.name}: held-out loss {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}")
