@@ -788,8 +788,9 @@ def _load_dataset(cfg: Config) -> Iterable[dict[str, Any]]:
     path = Path(cfg.dataset)
     kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
     if path.suffix in kinds:
-        if not path.is_file():
-            raise Unavailable(f"dataset {cfg.dataset!r} does not exist; give a file, a hub data set or stdlib")
+        if not path.is_file() or not path.stat().st_size:
+            raise Unavailable(f"dataset {cfg.dataset!r} {'is empty' if path.is_file() else 'does not exist'}; give a file with "
+                              "text, a hub data set or stdlib")
         options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
         arguments, options = (kinds[path.suffix],), {"data_files": str(path), **options}
     else:
@@ -1085,6 +1086,8 @@ class Trainer:
         for group, eps in zip(self.optimizer.param_groups, (1e-8 / self.scale**2, 1e-8 / self.scale)):
             group["eps"] = eps
         if stream is not None:
+            if not parts["stream"]:
+                raise Unavailable(f"{str(path)!r} belongs to a run that is finished; there is nothing to resume")
             stream.load_state_dict(parts["stream"])
 
 
@@ -1146,10 +1149,9 @@ def train_run(cfg: Config, lm: LanguageModel, folder: str | os.PathLike, *, resu
     trainer, stream, records = Trainer(cfg), ActivationStream(cfg, lm), []
     if resume:
         trainer.load(state, stream)
-        if trainer.tokens_seen >= cfg.tokens:
-            raise Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
         records = [line for line in metrics.read_text().splitlines() if json.loads(line)["tokens"] <= trainer.tokens_seen]
     calibration, evaluation = held_out_contexts(cfg, lm.tokenizer)
+    held_out = shuffled_activations(lm, calibration, cfg.model_batch)
     probe = shuffled_activations(lm, evaluation[: max(1, 8192 // cfg.context)], cfg.model_batch)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.json", cfg.to_json().encode())
@@ -1171,7 +1173,6 @@ def train_run(cfg: Config, lm: LanguageModel, folder: str | os.PathLike, *, resu
         if on_step:
             on_step(trainer, stats)
 
-    held_out = shuffled_activations(lm, calibration, cfg.model_batch)
     try:
         sae = train(cfg, stream, [held_out], trainer=trainer, on_step=after_step)
     except KeyboardInterrupt:

@@ -116,20 +116,17 @@ def train(
         folder = out_folder / name if name else free_folder(out_folder, preset)
         bt.check_run_folder(folder)
     bt.resolve_device(cfg.device)
-    with err.status(f"loading {cfg.model}"):
+    with TrainingBar() as bar:
         lm = bt.LanguageModel.from_config(cfg)
-    if "d_model" in given or resume:
-        if cfg.d_model != lm.d_model:
+        if ("d_model" in given or resume) and cfg.d_model != lm.d_model:
             raise bt.InputError(f"d_model is {cfg.d_model}, but {cfg.model!r} is {lm.d_model} wide there; leave --d-model out")
-    cfg = dataclasses.replace(cfg, d_model=lm.d_model, n_latents=round(expansion * lm.d_model) if expansion else cfg.n_latents)
-    err.print(f"{cfg.n_latents} latents on {site_name(cfg)} of {cfg.model}, {lm.d_model} wide; {cfg.tokens:,} tokens, k = {cfg.k:g}, "
-              f"on {lm.device}", highlight=False)
-    with TrainingBar(cfg) as bar:
+        n_latents = round(expansion * lm.d_model) if expansion else cfg.n_latents
+        cfg = dataclasses.replace(cfg, d_model=lm.d_model, n_latents=n_latents)
         try:
             result = bt.train_run(cfg, lm, folder, resume=resume is not None, on_step=bar.update)
         except KeyboardInterrupt:
             bar.stop()
-            err.print(f"stopped and saved; continue with: python cli.py train --resume {folder}", highlight=False)
+            err.print(f"stopped and saved; continue with: python cli.py train --resume {folder}", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
     show(result, cfg, as_json)
     if not as_json:
@@ -182,10 +179,6 @@ def reason(error: BaseException | None) -> str:
     return f"{type(causes[0]).__name__}: {str(causes[0]).strip()}".splitlines()[0] if causes else ""
 
 
-def site_name(cfg: bt.Config) -> str:
-    return cfg.module or f"{cfg.site} of block {cfg.layer}"
-
-
 def free_folder(parent: Path, name: str) -> Path:
     """parent/name, or the first of parent/name-2, name-3 … that is not in use."""
     tries = (parent / (name if i == 1 else f"{name}-{i}") for i in range(1, 1_000_000))
@@ -193,17 +186,20 @@ def free_folder(parent: Path, name: str) -> Path:
 
 
 class TrainingBar:
-    """A progress bar on stderr. Ctrl-C asks for a stop between two steps, so that what is saved is consistent."""
+    """What a run shows on stderr: that it loads, then a bar; nothing is left of the first if it fails there.
 
-    def __init__(self, cfg: bt.Config) -> None:
-        self.cfg, self.interrupted = cfg, False
-        columns = ["{task.fields[rate]} tokens/s", "error {task.fields[fvu]}", "L0 {task.fields[l0]}", "dead {task.fields[dead]}"]
+    Ctrl-C asks for a stop between two steps, so that what is saved is consistent; a second one stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted, self.shown = False, err.status("loading the model and held-out text")
+        columns = ["{task.fields[rate]} tokens/s", "fvu {task.fields[fvu]}", "L0 {task.fields[l0]}", "dead {task.fields[dead]}"]
         self.progress = Progress(TextColumn("{task.percentage:>3.0f}%"), BarColumn(20), *map(TextColumn, columns),
                                  TimeRemainingColumn(), console=err)
-        self.task = self.progress.add_task("", total=cfg.tokens, rate="…", fvu="…", l0="…", dead="…")
+        self.task = None
 
     def __enter__(self) -> TrainingBar:
-        self.progress.start()
+        self.shown.start()
         self.previous = signal.signal(signal.SIGINT, self.interrupt)
         return self
 
@@ -212,17 +208,25 @@ class TrainingBar:
         signal.signal(signal.SIGINT, self.previous)
 
     def stop(self) -> None:
-        self.progress.stop()
+        self.shown.stop()
 
     def interrupt(self, *signal_and_frame: Any) -> None:
-        if self.interrupted:  # asked twice: at once, saved or not
+        if self.interrupted or self.task is None:  # asked twice, or nothing to save yet
             raise SystemExit(130)
         self.interrupted = True
 
     def update(self, trainer: bt.Trainer, stats: bt.StepStats) -> None:
+        cfg = trainer.cfg
+        if self.task is None:
+            self.stop()
+            err.print(f"{cfg.n_latents} latents on {cfg.module or f'{cfg.site} of block {cfg.layer}'} of {cfg.model}, {cfg.d_model} wide; "
+                      f"{cfg.tokens:,} tokens, k = {cfg.k:g}, on {trainer.device}", highlight=False, soft_wrap=True)
+            self.task = self.progress.add_task("", total=cfg.tokens, completed=trainer.tokens_seen, rate="…", fvu="…", l0="…", dead="…")
+            self.shown = self.progress
+            self.shown.start()
         speed = self.progress.tasks[0].speed
         self.progress.update(self.task, completed=trainer.tokens_seen, rate=f"{speed:,.0f}" if speed else "…", fvu=f"{stats.fvu:.3f}",
-                             l0=f"{stats.l0:.1f}", dead=f"{stats.dead / self.cfg.n_latents:.1%}")
+                             l0=f"{stats.l0:.1f}", dead=f"{stats.dead / cfg.n_latents:.1%}")
         if self.interrupted:
             raise KeyboardInterrupt
 

@@ -1,0 +1,47 @@
+"""Shared by all tests: the module on the path, planted data, the embedded language model, small settings."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import batchtopk as bt  # noqa: E402
+
+# Small enough for seconds, otherwise the defaults of the tiny preset.
+SMALL = dict(n_latents=256, k=8, tokens=6_000, batch_size=256, buffer_tokens=4096, calibration_tokens=4096, eval_tokens=4096,
+             ce_tokens=1024, dead_tokens=2048, model_batch=8, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """The embedded GPT-2, read before block 2."""
+    return bt.LanguageModel("tiny-gpt2", 2, "resid_pre", device="cpu")
+
+
+class Planted:
+    """Data that a dictionary explains: x = mean + Σ of a few known unit directions with positive coefficients."""
+
+    def __init__(self, d_model=48, n_directions=96, active=4, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.directions = torch.nn.functional.normalize(torch.randn(n_directions, d_model, generator=generator), dim=1)
+        self.active, self.mean = active, torch.randn(d_model, generator=generator)
+
+    def batch(self, n, seed):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        chosen = torch.rand(n, len(self.directions), generator=generator) < self.active / len(self.directions)
+        size = 1 + torch.rand(n, len(self.directions), generator=generator)
+        return (chosen * size) @ self.directions + self.mean
+
+
+@pytest.fixture(scope="session")
+def planted():
+    return Planted()
+
+
+@pytest.fixture(scope="session")
+def planted_sae(planted):
+    """Trained once on planted data; tests must not change it."""
+    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=200_000, lr=3e-3, device="cpu")
+    return bt.train(cfg, (planted.batch(256, i) for i in range(10_000)))

@@ -1,0 +1,191 @@
+"""The command line: what people see, and that their mistakes end in one line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import batchtopk as bt
+import cli
+from conftest import SMALL
+
+ROOT = Path(cli.__file__).parent
+OPTIONS = [text for name, value in SMALL.items() for text in ("--" + name.replace("_", "-"), str(value))]
+METRICS = {"fvu", "nmse", "mse", "l0", "ce_clean", "ce_sae", "ce_zero", "ce_mean", "ce_degradation", "ce_recovered", "frac_alive", "kl"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small finished run: (folder, what `train --json` printed)."""
+    folder = tmp_path_factory.mktemp("runs")
+    result = invoke("train", "--out", folder, "--name", "small", *OPTIONS, "--json")
+    assert result.exit_code == 0, result.output
+    return folder / "small", json.loads(result.stdout)
+
+
+def test_train_prints_one_json_object_and_leaves_the_run(run):
+    folder, printed = run
+    assert {"run", "tokens", "seconds", "k", "theta_value", "batch", "theta"} <= set(printed)
+    assert printed["run"] == str(folder) and printed["tokens"] == SMALL["tokens"] and printed["k"] == SMALL["k"]
+    for selection in ("batch", "theta"):
+        assert METRICS <= set(printed[selection]) and 0 < printed[selection]["fvu"] < 1
+    assert printed["batch"]["l0"] == pytest.approx(SMALL["k"], rel=1e-3)
+    assert {"config.json", "sae.safetensors", "state.safetensors", "metrics.jsonl"} == {p.name for p in folder.iterdir()}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) > 10 and records[-1]["tokens"] == SMALL["tokens"] and records[-1]["held_out"]["theta"]["fvu"] < 1
+    assert str(ROOT) not in (folder / "config.json").read_text(), "a run should not know where it was made"
+
+
+def test_eval_repeats_what_train_measured(run):
+    folder, printed = run
+    again = json.loads(invoke("eval", folder, "--json", "--device", "cpu").stdout)
+    for selection in ("batch", "theta"):
+        assert again[selection]["l0_histogram"] == printed[selection]["l0_histogram"]
+        assert {m: again[selection][m] for m in METRICS} == pytest.approx({m: printed[selection][m] for m in METRICS})
+    table = invoke("eval", folder, "--device", "cpu")
+    assert table.exit_code == 0 and f"{printed['theta']['fvu']:.4f}" in table.stdout and "Active latents per token" in table.stdout
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_export_writes_what_the_sae_computes(run, tmp_path):
+    folder, _ = run
+    printed = json.loads(invoke("export", folder, "--out", tmp_path / "encoder.pt", "--json").stdout)
+    assert printed["largest_difference"] == 0 and printed["bytes"] == (tmp_path / "encoder.pt").stat().st_size
+    x = torch.randn(5, 256) * 20
+    torch.testing.assert_close(torch.jit.load(tmp_path / "encoder.pt")(x), bt.SAE.load(folder).encode(x))
+    assert "Loaded again and compared" in invoke("export", folder, "--out", tmp_path / "encoder.pt").stdout
+
+
+def test_every_field_of_config_is_an_option_with_its_default():
+    text = re.sub(r"[\s│]+", " ", invoke("train", "--help").stdout)
+    import dataclasses
+
+    for field in dataclasses.fields(bt.Config):
+        assert "--" + field.name.replace("_", "-")[:20] in text, field.name
+    assert "average active latents per token" in text and "[default: (32)]" in text
+
+
+def test_an_expansion_sets_the_latents(tmp_path):
+    options = [o for name, o in zip(OPTIONS[::2], OPTIONS[1::2]) if name != "--n-latents" for o in (name, o)]
+    result = invoke("train", "--out", tmp_path, *options, "--tokens", 512, "--expansion", 0.5, "--json")
+    assert json.loads(result.stdout)["run"] == str(tmp_path / "tiny") and bt.SAE.load(tmp_path / "tiny").config.n_latents == 128
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["train", "--preset", "huge"], 2, "'huge'.*tiny, gpt2-small, gemma-2-2b"),
+    (["train", "--layer", 9], 2, "layer is 9.*0 to 3"),
+    (["train", "--site", "resid"], 2, "'resid'.*resid_pre"),
+    (["train", "--module", "transformer.x"], 2, "'transformer.x'.*wte"),
+    (["train", "--k", 5000], 2, "5000.*4096 latents"),
+    (["train", "--d-model", 7], 2, "d_model is 7.*256"),
+    (["train", "--expansion", 2, "--n-latents", 64], 2, "one of them"),
+    (["train", "--dataset", "nowhere.jsonl"], 1, "nowhere.jsonl.*does not exist"),
+    (["train", "--model", "/nowhere/model"], 1, "'/nowhere/model' could not be loaded"),
+    (["eval", "nowhere"], 1, "'nowhere' is not a run"),
+    (["export", "nowhere"], 1, "'nowhere' is not a run"),
+    (["train", "--resume", "nowhere"], 1, "'nowhere' holds no state"),
+    (["train", "--resume", "nowhere", "--k", "3"], 2, "leave out"),
+])
+def test_a_mistake_ends_in_one_line_that_names_it(arguments, code, said, tmp_path):
+    result = invoke(*arguments, *(["--out", tmp_path] if arguments[0] == "train" else []))
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == code, result.output
+    assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(said, lines[0]), result.stderr
+    assert result.stdout == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")
+def test_a_gpu_that_is_not_there_is_an_error():
+    result = invoke("train", "--device", "cuda")
+    assert result.exit_code == 1 and re.search("'cuda' is not available.*--device cpu", result.stderr)
+
+
+def test_a_run_name_in_use_is_refused_and_left_alone(run):
+    folder, _ = run
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    result = invoke("train", "--out", folder.parent, "--name", folder.name, *OPTIONS)
+    assert result.exit_code == 1 and "exists" in result.stderr and before == {p: p.read_bytes() for p in folder.iterdir()}
+    assert cli.free_folder(folder.parent, folder.name).name == "small-2"
+
+
+def test_an_sae_whose_theta_was_never_estimated_is_refused(tmp_path):
+    bt.SAE(bt.Config(d_model=256, n_latents=64, k=4)).save(tmp_path)
+    for command in ("eval", "export"):
+        result = invoke(command, tmp_path)
+        assert result.exit_code == 1 and "never estimated" in result.stderr and len(list(tmp_path.iterdir())) == 2
+
+
+class GatedRepoError(OSError):
+    """Named like the hub's own."""
+
+
+class LocalEntryNotFoundError(OSError):
+    """Named like the hub's own."""
+
+
+@pytest.mark.parametrize("cause, said", [(GatedRepoError("403"), "hf auth login"), (LocalEntryNotFoundError("offline"), "cannot be reached")])
+def test_what_the_hub_refuses_is_explained(monkeypatch, cause, said, tmp_path):
+    import transformers
+
+    def refuse(*_, **__):
+        raise OSError("a long story\nof many lines") from cause
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    result = invoke("train", "--preset", "gemma-2-2b", "--device", "cpu", "--out", tmp_path)
+    assert result.exit_code == 1 and said in result.stderr and "google/gemma-2-2b" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path, lm, monkeypatch):
+    folder, printed = run
+    update = cli.TrainingBar.update
+
+    def interrupt_after(self, trainer, stats):
+        self.interrupted = trainer.steps == 11
+        update(self, trainer, stats)
+
+    monkeypatch.setattr(cli.TrainingBar, "update", interrupt_after)
+    result = invoke("train", "--out", tmp_path, "--name", "small", *OPTIONS)
+    assert result.exit_code == 130 and f"--resume {tmp_path / 'small'}" in " ".join(result.stderr.split()), result.output
+    assert not (tmp_path / "small" / "sae.safetensors").exists()
+    monkeypatch.undo()
+    result = invoke("train", "--resume", tmp_path / "small", "--json")
+    assert json.loads(result.stdout)["theta"] == printed["theta"]
+    for name in ("sae.safetensors", "metrics.jsonl", "config.json"):
+        assert (tmp_path / "small" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert "is finished" in invoke("train", "--resume", tmp_path / "small").stderr
+
+
+def test_a_real_process_stops_at_ctrl_c_with_a_run_that_can_be_continued(tmp_path):
+    options = [o if o != str(SMALL["tokens"]) else "50_000_000" for o in OPTIONS]
+    process = subprocess.Popen([sys.executable, str(ROOT / "cli.py"), "train", "--out", str(tmp_path), *options], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "256 latents" in process.stderr.readline()  # shown when the first step is done
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stdout == "" and "stopped and saved" in stderr and "Traceback" not in stderr, stderr
+    assert (tmp_path / "tiny" / "state.safetensors").exists()
+
+
+def test_a_real_process_prints_json_alone_on_stdout_and_needs_no_network(run):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
+    done = subprocess.run([sys.executable, str(ROOT / "cli.py"), "eval", str(run[0]), "--json", "--device", "cpu"], capture_output=True,
+                          text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+    assert json.loads(done.stdout)["theta"]["fvu"] == pytest.approx(run[1]["theta"]["fvu"], rel=1e-4)
+
+
+def test_importing_the_module_pulls_in_neither_transformers_nor_datasets():
+    code = "import sys, batchtopk; bad = {'transformers', 'datasets', 'typer', 'rich', 'safetensors'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

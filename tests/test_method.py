@@ -1,0 +1,478 @@
+"""The method: selection, the SAE, loss and gradients, θ, training. Every test names a property that could fail."""
+
+import math
+
+import pytest
+import torch
+
+import batchtopk as bt
+
+
+def config(**changes):
+    return bt.Config(**{**dict(d_model=12, n_latents=40, k=3, batch_size=16, tokens=4096, device="cpu"), **changes})
+
+
+def random_sae(cfg, seed=0):
+    """An SAE whose parameters are all generic: nothing zero, encoder and decoder apart."""
+    sae, generator = bt.SAE(cfg), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in (sae.W_enc, sae.b_enc, sae.b_dec):
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return sae
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Selection
+
+
+def test_a_batch_solved_by_hand():
+    z = torch.tensor([[5.0, 1.0, 0.5], [0.2, 4.0, 0.1], [3.0, 2.0, -1.0]])
+    expected = torch.tensor([[5.0, 0.0, 0.0], [0.0, 4.0, 0.0], [3.0, 2.0, 0.0]])  # rows get 1, 1 and 2 of N = 4
+    assert torch.equal(bt.batch_topk(z, 4), expected)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 20, 35, 60, 100])
+def test_batch_topk_is_a_sort_of_all_entries_with_ties_won_by_the_first(n):
+    z = torch.randint(-3, 4, (10, 6), generator=torch.Generator().manual_seed(n)).float()
+    order = sorted(range(60), key=lambda i: (-z.flatten()[i], i))[:n]
+    expected = torch.zeros(60)
+    for i in order:
+        expected[i] = max(z.flatten()[i], 0)
+    assert torch.equal(bt.batch_topk(z, n).flatten(), expected)
+
+
+def test_the_gradient_of_batch_topk_flows_through_kept_values_alone():
+    z = randn(5, 8).requires_grad_()
+    f = bt.batch_topk(z, 9)
+    f.sum().backward()
+    assert torch.equal(z.grad, (f > 0).float()) and z.grad.sum() == 9
+
+
+def test_a_negative_n_is_refused():
+    with pytest.raises(bt.InputError, match="-1"):
+        bt.batch_topk(torch.ones(2, 2), -1)
+
+
+# The SAE
+
+
+def test_encode_and_decode_solved_by_hand():
+    sae = bt.SAE(bt.Config(d_model=2, n_latents=3, k=1, device="cpu"))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+        sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
+        sae.b_enc.copy_(torch.tensor([0.0, 0.0, -1.0]))
+        sae.b_dec.copy_(torch.tensor([1.0, 1.0]))
+        sae.theta.fill_(2.0)
+    x = torch.tensor([[3.0, 2.0], [4.0, 2.0]])  # minus b_dec: (2, 1), (3, 1); pre-activations (2, 1, 2), (3, 1, 3)
+    assert torch.equal(sae.encode(x), torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 3.0]]))  # 2 is not above θ = 2
+    assert torch.equal(sae.encode(x, selection="batch"), torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 3.0]]))
+    torch.testing.assert_close(sae(x), torch.tensor([[1.0, 1.0], [1 + 3 + 1.8, 1 + 2.4]]))
+
+
+@pytest.mark.parametrize("k, kept", [(3, 48), (2.5, 40), (0.1, 1)])
+def test_batch_selection_keeps_int_of_k_times_rows(k, kept):
+    assert (random_sae(config(k=k)).encode(randn(16, 12), selection="batch") > 0).sum() == kept
+
+
+def test_leading_dimensions_are_flattened_and_restored():
+    sae, x = random_sae(config()), randn(2, 3, 4, 12)
+    sae.theta.fill_(0.5)
+    for selection in ("theta", "batch"):
+        f = sae.encode(x, selection)
+        assert f.shape == (2, 3, 4, 40) and torch.equal(f.view(24, 40), sae.encode(x.view(24, 12), selection))
+    assert sae(x).shape == x.shape and sae.encode(x[0, 0, 0]).shape == (40,)
+
+
+def test_in_theta_form_a_row_alone_equals_the_row_in_a_batch(planted, planted_sae):
+    x = planted.batch(64, 7)
+    together, alone = planted_sae.encode(x), torch.stack([planted_sae.encode(row) for row in x])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+    batch = planted_sae.encode(x, "batch"), torch.stack([planted_sae.encode(row, "batch") for row in x])
+    assert (batch[0] > 0).sum(1).ne((batch[1] > 0).sum(1)).any(), "batch selection should depend on the batch"
+
+
+def test_an_unset_theta_is_an_error_not_a_default(tmp_path):
+    sae = random_sae(config())
+    for use in (lambda: sae.encode(randn(2, 12)), lambda: sae(randn(2, 12)), lambda: bt.export(sae, tmp_path / "x.pt"),
+                lambda: bt.evaluate(sae, [randn(2, 12)])):
+        with pytest.raises(bt.Unavailable, match="never estimated"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_theta_stays_float32_whatever_the_weights_are(dtype):
+    """Bug elsewhere: in bfloat16 θ is rounded, and a running estimate toward 1.80 stalls at 1.17."""
+    sae = random_sae(config())
+    sae.theta.fill_(1.8001234)
+    sae.to(dtype)
+    assert sae.W_enc.dtype == dtype and sae.theta.dtype == torch.float32 and float(sae.theta) == pytest.approx(1.8001234, abs=1e-7)
+    assert sae.encode(randn(4, 12)).dtype == dtype
+
+
+@pytest.mark.parametrize("x, said", [(torch.zeros(3, 11), r"\[3, 11\].*12"), (torch.zeros(3, 12, dtype=torch.int64), "int64")])
+def test_wrong_inputs_are_named(x, said):
+    with pytest.raises(bt.InputError, match=said):
+        random_sae(config()).encode(x, "batch")
+
+
+def test_constructing_and_training_leave_the_global_random_state(planted):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    bt.train(config(d_model=48, tokens=64), [planted.batch(64, 0)])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_save_and_load_are_inverse(tmp_path, planted_sae):
+    planted_sae.save(tmp_path / "run")
+    loaded = bt.SAE.load(tmp_path / "run")
+    assert loaded.config == planted_sae.config and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "sae.safetensors"]
+    for name, tensor in planted_sae.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_loading_something_else_names_it(tmp_path, planted_sae):
+    with pytest.raises(bt.Unavailable, match="config.json"):
+        bt.SAE.load(tmp_path / "missing")
+    planted_sae.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"d_in": 3}')
+    with pytest.raises(bt.InputError, match="not written by batchtopk"):
+        bt.SAE.load(tmp_path)
+    planted_sae.save(tmp_path)
+    whole = (tmp_path / "sae.safetensors").read_bytes()
+    (tmp_path / "sae.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(bt.InputError, match="not a whole safetensors file"):
+        bt.SAE.load(tmp_path)
+    (tmp_path / "sae.safetensors").write_bytes(whole)
+    (tmp_path / "config.json").write_text(config(d_model=48, n_latents=64).to_json())
+    with pytest.raises(bt.InputError, match="does not match"):
+        bt.SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk"), (dict(normalize="x"), "scale, token, none"), (dict(k=0.01), "no entry"),
+    (dict(warmup=0.8), "at most 1"), (dict(lr=math.nan), "lr"), (dict(tokens=0), "tokens"), (dict(batch_size=2.5), "whole"),
+    (dict(activation="topk", k=2.5), "whole number")])
+def test_config_refuses_what_cannot_work_and_says_what_would(changes, said):
+    with pytest.raises(bt.InputError, match=said):
+        config(**changes)
+
+
+def test_presets_hold_the_papers_settings():
+    cfg = bt.Config.preset("gpt2-small", d_model=768, k=64)
+    assert (cfg.layer, cfg.site, cfg.context, cfg.tokens, cfg.batch_size, cfg.k) == (8, "resid_pre", 128, 10**9, 4096, 64)
+    with pytest.raises(bt.InputError, match="tiny, gpt2-small, gemma-2-2b"):
+        bt.Config.preset("gpt3")
+
+
+# Loss and gradients
+
+
+def oracle(sae, x, dead, cfg):
+    """Loss and gradients in float64 from the formulas of the paper, written without any of the module's functions."""
+    p = {n: t.detach().double().requires_grad_() for n, t in sae.named_parameters()}
+    x = x.double()
+    z = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    mask = torch.zeros_like(z)
+    if cfg.activation == "batchtopk":
+        for i in sorted(range(z.numel()), key=lambda i: (-float(z.detach().flatten()[i].float()), i))[: int(cfg.k * len(x))]:
+            mask.view(-1)[i] = 1
+    else:
+        for row in range(len(x)):
+            for j in z[row].detach().argsort(descending=True)[: int(cfg.k)]:
+                mask[row, j] = 1
+    f = z * mask * (z > 0)
+    residual = x - f @ p["W_dec"] - p["b_dec"]
+    mse = (residual**2).sum() / len(x)
+    aux = torch.zeros((), dtype=torch.float64)
+    if dead:
+        for row in range(len(x)):
+            best = sorted(dead, key=lambda j: -float(z[row, j].detach()))[: cfg.aux_k]
+            aux = aux + ((residual[row].detach() - sum(z[row, j] * p["W_dec"][j] for j in best)) ** 2).sum() / len(x)
+    (mse + cfg.aux_coef * aux).backward()
+    return float(mse.detach()), float(aux.detach()), {n: t.grad for n, t in p.items()}
+
+
+def tied(sae, x):
+    with torch.no_grad():
+        sae.W_enc[20:] = sae.W_enc[:20]
+        sae.b_enc[20:] = sae.b_enc[:20]
+    return x.repeat(2, 1)[: len(x)] if len(x) < 2 else torch.cat([x[: len(x) // 2]] * 2)
+
+
+def all_negative_rows(sae, x):
+    with torch.no_grad():
+        sae.b_enc.fill_(-0.8)
+        sae.W_enc.copy_(sae.W_enc.abs())
+    x[: len(x) // 2] = sae.b_dec.detach() - x[: len(x) // 2].abs()
+    return x
+
+
+def few_positives(sae, x):
+    with torch.no_grad():
+        sae.b_enc.fill_(-6.0)
+    return x
+
+
+def all_dead(sae, x):
+    sae.tokens_since_fired.fill_(10**6)
+    return x
+
+
+def some_dead(sae, x):
+    sae.tokens_since_fired[::3] = 10**6
+    with torch.no_grad():
+        sae.b_enc[::3] = -9.0  # so that none of them fires: their pre-activations are all negative
+    return x
+
+
+CASES = {"generic": lambda sae, x: x, "ties": tied, "all-negative rows": all_negative_rows, "fewer positives than N": few_positives,
+         "some dead": some_dead, "one row": lambda sae, x: x[:1], "three rows": lambda sae, x: x[:3]}
+
+
+# torch.topk leaves open which of two equal latents a row keeps, so per-token TopK has no case of ties
+@pytest.mark.parametrize("case, activation", [(c, a) for c in CASES for a in ("batchtopk", "topk") if (c, a) != ("ties", "topk")])
+@pytest.mark.parametrize("chunk", [1 << 20, 16 * 7])  # 7 latents at a time: 40 is no multiple
+@pytest.mark.parametrize("step", ["plain", "sparse"])
+def test_loss_and_gradients_are_the_papers(step, case, chunk, activation, monkeypatch):
+    monkeypatch.setattr(bt, "CHUNK_ENTRIES", chunk)
+    cfg = config(step=step, aux_k=5, activation=activation)
+    sae = random_sae(cfg)
+    x = CASES[case](sae, randn(16, 12, seed=1))
+    dead = [] if case != "some dead" else list(range(0, 40, 3))
+    mse, aux, gradients = oracle(sae, x, dead, cfg)
+    result = bt.plain_gradients(sae, x) if step == "plain" else bt.sparse_gradients(sae, x, None)[0]
+    assert float(result.mse) == pytest.approx(mse, rel=1e-5) and float(result.aux) == pytest.approx(aux, rel=1e-5)
+    assert result.n_dead == len(dead)
+    for name, expected in gradients.items():
+        difference = (getattr(sae, name).grad.double() - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert difference < 1e-5, f"{name}: relative difference {difference:.2e}"
+
+
+@pytest.mark.parametrize("step", ["plain", "sparse"])
+def test_the_auxiliary_loss_moves_dead_rows_and_no_live_one(step):
+    """Bugs elsewhere: a residual that is not detached pulls live latents; post-ReLU values give silent latents nothing."""
+    grads = {}
+    for coefficient in (0.0, 1 / 32):
+        cfg = config(step=step, aux_coef=coefficient)
+        sae = random_sae(cfg)
+        x = some_dead(sae, randn(16, 12, seed=1))
+        bt.plain_gradients(sae, x) if step == "plain" else bt.sparse_gradients(sae, x, None)
+        grads[coefficient] = {n: p.grad.clone() for n, p in sae.named_parameters()}
+    dead = torch.arange(40) % 3 == 0
+    for name in ("W_enc", "W_dec", "b_enc"):
+        without, with_aux = grads[0.0][name], grads[1 / 32][name]
+        assert torch.equal(without[~dead], with_aux[~dead]), name
+        assert (without[dead] == 0).all() and (with_aux[dead].view(int(dead.sum()), -1).norm(dim=1) > 0).all(), name
+
+
+@pytest.mark.parametrize("bar", [1e6, 4.0, 1.0, 0.0])
+def test_the_kept_set_is_exact_wherever_the_bar_was(bar):
+    sae, x = random_sae(config()), randn(16, 12, seed=1)
+    kept = bt.select(sae, x, bar)
+    dense = torch.zeros(16, 40)
+    dense[kept.row, kept.latent] = kept.value
+    torch.testing.assert_close(dense, sae.encode(x, "batch").detach(), atol=1e-6, rtol=1e-6)
+    assert (dense > 0).sum() == 48 and (kept.walks > 1) == (bar > 3.5), f"{kept.walks} walks from a bar of {bar}"
+
+
+def test_counters_say_how_many_tokens_a_latent_was_silent():
+    sae = random_sae(config())
+    fired = torch.arange(40) % 2 == 0
+    for expected in (100, 200):
+        dead = bt.count_dead_(sae, fired, 100)
+        assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, expected)) and len(dead) == 0
+    sae.tokens_since_fired[1] = sae.config.dead_tokens - 100
+    assert bt.count_dead_(sae, fired, 100).tolist() == [1], "dead at dead_tokens, not only beyond"
+
+
+# θ
+
+
+def test_the_running_theta_is_the_bias_corrected_average():
+    """Bug elsewhere: an average that starts from 0 is 36 % short after 100 steps."""
+    cfg, values = config(theta_rate=0.01), (2 + 0.3 * randn(100)).tolist()
+    sae, average = bt.SAE(cfg), 0.0
+    for n, value in enumerate(values, 1):
+        bt.update_theta_(sae, value, n)
+        average = 0.99 * average + 0.01 * value
+        assert float(sae.theta) == pytest.approx(average / (1 - 0.99**n), rel=1e-5)
+    assert float(sae.theta) == pytest.approx(2, rel=0.05)
+
+
+def test_calibration_is_the_mean_of_the_smallest_kept_entries(planted, planted_sae):
+    sae = bt.SAE(planted_sae.config)
+    sae.load_state_dict(planted_sae.state_dict())
+    batches = [planted.batch(256, 500 + i) for i in range(5)]
+    minima = [float(f[f > 0].min()) for f in (sae.encode(x, "batch") for x in batches)]
+    assert bt.calibrate(sae, torch.cat(batches).split(100)) == pytest.approx(sum(minima) / 5, rel=1e-5)
+
+
+def test_calibration_without_a_positive_entry_says_so():
+    sae = few_positives_sae = random_sae(config())
+    few_positives(few_positives_sae, None)
+    with pytest.raises(bt.InputError, match="no batch held a positive"):
+        bt.calibrate(sae, [1e-3 * randn(16, 12)])
+    assert sae.theta.isnan()
+
+
+def test_theta_gives_an_l0_within_two_percent_of_k_on_held_out_data(planted, planted_sae):
+    l0 = bt.evaluate(planted_sae, [planted.batch(8192, 900)])["theta"]["l0"]
+    assert l0 == pytest.approx(4, rel=0.02)
+
+
+def test_evaluation_and_encoding_move_nothing(planted, planted_sae):
+    before = {n: t.clone() for n, t in planted_sae.state_dict().items()}
+    bt.evaluate(planted_sae, [planted.batch(512, 901)])
+    planted_sae(planted.batch(8, 902))
+    for name, tensor in planted_sae.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# Training
+
+
+def test_a_planted_dictionary_is_recovered(planted, planted_sae):
+    cosines = planted.directions @ planted_sae.W_dec.detach().T
+    assert cosines.max(1).values.mean() > 0.95
+    assert bt.evaluate(planted_sae, [planted.batch(4096, 903)])["theta"]["fvu"] < 0.1
+
+
+def test_saved_decoder_rows_have_unit_norm(planted_sae):
+    """Bug elsewhere: renormalised before the optimiser's step, rows end up between 0.9999 and 1.0010."""
+    assert (planted_sae.W_dec.double().norm(dim=1) - 1).abs().max() < 1e-6
+
+
+def test_the_decoder_gradient_has_no_component_along_its_rows(planted):
+    trainer = bt.Trainer(config(d_model=48))
+    trainer.step(planted.batch(16, 0))
+    trainer.cfg = config(d_model=48, lr=0)  # so that rows stay where they were when the gradient was projected
+    trainer.step(planted.batch(16, 1))
+    along = (trainer.sae.W_dec.grad * trainer.sae.W_dec).sum(1).abs()
+    assert along.max() < 1e-4 * trainer.sae.W_dec.grad.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+def test_the_sparse_step_trains_like_the_plain_one(planted, activation):
+    """Floating-point orders differ, so the runs drift apart slowly; after 40 steps they still agree to a thousandth."""
+    stats = {}
+    for step in ("plain", "sparse"):
+        trainer = bt.Trainer(config(d_model=48, n_latents=400, step=step, batch_size=128, tokens=128 * 40, dead_tokens=256, activation=activation))
+        stats[step] = [trainer.step(planted.batch(128, i)) for i in range(40)]
+    for plain, sparse in zip(stats["plain"], stats["sparse"]):
+        assert sparse.loss == pytest.approx(plain.loss, rel=1e-3) and sparse.l0 == plain.l0 and abs(sparse.dead - plain.dead) <= 1
+    assert any(s.dead for s in stats["plain"]), "the comparison should have met dead latents"
+
+
+def test_a_run_is_bit_reproducible_and_its_seed_matters(planted):
+    runs = [bt.train(config(d_model=48, seed=seed), [planted.batch(100, i) for i in range(9)]) for seed in (0, 0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].state_dict().values(), runs[1].state_dict().values()))
+    assert not torch.equal(runs[0].W_enc, runs[2].W_enc)
+
+
+def test_input_units_change_nothing_but_units(planted):
+    """normalize="scale": inputs a thousand times larger give the same dictionary, biases and θ a thousand times larger."""
+    small, large = (bt.train(config(d_model=48), [factor * planted.batch(256, i) for i in range(16)]) for factor in (1.0, 1024.0))
+    torch.testing.assert_close(large.W_dec, small.W_dec, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(large.b_dec / 1024, small.b_dec, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(large.theta / 1024, small.theta, atol=1e-4, rtol=1e-3)
+
+
+def test_token_normalisation_makes_the_sae_indifferent_to_a_tokens_scale_and_mean(planted):
+    sae = bt.train(config(d_model=48, normalize="token", tokens=20_000), [planted.batch(256, i) for i in range(16)])
+    x = planted.batch(64, 904)
+    assert ((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()) < 1
+    torch.testing.assert_close(sae.encode(7 * x + 3), sae.encode(x), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(sae(7 * x + 3), 7 * sae(x) + 3, atol=1e-2, rtol=1e-3)
+
+
+def test_b_dec_starts_at_the_mean_of_the_data(planted):
+    trainer = bt.Trainer(config(d_model=48))
+    x = planted.batch(512, 0)
+    trainer.initialize_(x)
+    torch.testing.assert_close(trainer.sae.b_dec.detach(), x.mean(0))
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero():
+    cfg = config(lr=1.0, tokens=1600, batch_size=16, warmup=0.1, decay=0.5)
+    trainer, rates = bt.Trainer(cfg), []
+    for trainer.tokens_seen in range(0, 1600, 16):
+        rates.append(trainer.learning_rate())
+    assert rates[0] == pytest.approx(0.1) and rates[9:51] == [1.0] * 42 and rates[-1] == pytest.approx(0.02)
+    assert rates[51:] == sorted(rates[51:], reverse=True)
+
+
+def test_batches_may_come_in_any_sizes(planted):
+    x = torch.cat([planted.batch(1000, i) for i in range(5)])
+    whole, ragged = (bt.train(config(d_model=48), parts) for parts in ([x], [x[:1], x[1:700], x[700:703], x[703:]]))
+    assert torch.equal(whole.W_enc, ragged.W_enc) and torch.equal(whole.theta, ragged.theta)
+
+
+def test_exactly_the_asked_tokens_are_trained_on(planted):
+    seen = []
+    bt.train(config(d_model=48, tokens=1000), [planted.batch(300, 0)], [planted.batch(64, 1)], on_step=lambda t, s: seen.append(t.tokens_seen))
+    assert seen == [*range(16, 1000, 16), 1000]
+
+
+def test_a_stream_that_ends_early_and_values_that_are_not_finite_are_errors(planted):
+    with pytest.raises(bt.InputError, match="ended after .* of 4096"):
+        bt.train(config(d_model=48), (planted.batch(100, i) for i in range(3)))
+    with pytest.raises(bt.InputError, match="not finite"):
+        bt.Trainer(config(d_model=48)).step(planted.batch(16, 0) / 0)
+
+
+def test_a_resumed_trainer_is_the_trainer(planted, tmp_path):
+    cfg = config(d_model=48, dead_tokens=64)
+    straight, first, second = bt.Trainer(cfg), bt.Trainer(cfg), bt.Trainer(cfg)
+    for i in range(20):
+        expected = straight.step(planted.batch(16, i))
+    for i in range(11):
+        first.step(planted.batch(16, i))
+    first.save(tmp_path / "state.safetensors")
+    second.load(tmp_path / "state.safetensors")
+    for i in range(11, 20):
+        stats = second.step(planted.batch(16, i))
+    assert stats == expected
+    for name, tensor in straight.sae.state_dict().items():
+        assert torch.equal(tensor, second.sae.state_dict()[name]), name
+
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_the_one_before(planted, tmp_path, monkeypatch):
+    trainer, path = bt.Trainer(config(d_model=48)), tmp_path / "state.safetensors"
+    trainer.step(planted.batch(16, 0))
+    trainer.save(path)
+    before = path.read_bytes()
+    trainer.step(planted.batch(16, 1))
+    monkeypatch.setattr(bt.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save(path)
+    assert path.read_bytes() == before
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("selection", ["batch", "theta"])
+def test_metrics_are_those_of_their_definitions(planted, planted_sae, selection):
+    x = planted.batch(700, 905)
+    metrics = bt.evaluate(planted_sae, x.split(123))[selection]
+    f = torch.cat([planted_sae.encode(rows, selection) for rows in x.split(planted_sae.config.batch_size)]).detach()
+    error = (x - planted_sae.decode(f)).detach().double().square().sum(1)
+    x = x.double()
+    assert metrics["mse"] == pytest.approx(float(error.mean()), rel=1e-6)
+    assert metrics["fvu"] == pytest.approx(float(error.sum() / (x - x.mean(0)).square().sum()), rel=1e-6)
+    assert metrics["explained_variance"] == 1 - metrics["fvu"]
+    assert metrics["nmse"] == pytest.approx(float((error / x.var(1)).sum() / (700 * 47)), rel=1e-6)
+    assert metrics["l0"] == pytest.approx(float((f > 0).sum(1).double().mean()))
+    assert metrics["frac_alive"] == float((f > 0).any(0).double().mean())
+    torch.testing.assert_close(metrics["feature_density"], (f > 0).float().mean(0))
+    assert sum(metrics["l0_histogram"]) == 700 and sum(c * n for c, n in enumerate(metrics["l0_histogram"])) == int((f > 0).sum())
+
+
+def test_evaluating_nothing_is_an_error(planted_sae):
+    with pytest.raises(bt.InputError, match="nothing to evaluate"):
+        bt.evaluate(planted_sae, [])
