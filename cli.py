@@ -219,9 +219,9 @@ class TrainingBar:
         cfg = trainer.cfg
         if self.task is None:
             self.stop()
+            self.task = self.progress.add_task("", total=cfg.tokens, completed=trainer.tokens_seen, rate="…", fvu="…", l0="…", dead="…")
             err.print(f"{cfg.n_latents} latents on {cfg.module or f'{cfg.site} of block {cfg.layer}'} of {cfg.model}, {cfg.d_model} wide; "
                       f"{cfg.tokens:,} tokens, k = {cfg.k:g}, on {trainer.device}", highlight=False, soft_wrap=True)
-            self.task = self.progress.add_task("", total=cfg.tokens, completed=trainer.tokens_seen, rate="…", fvu="…", l0="…", dead="…")
             self.shown = self.progress
             self.shown.start()
         speed = self.progress.tasks[0].speed
