@@ -498,13 +498,13 @@ def plain_gradients(sae: SAE, x: Tensor) -> Step:
 
 
 class Kept(NamedTuple):
-    """The kept entries of a batch as three vectors [N], sorted by latent, then row. Everything after touches only these."""
+    """The kept entries of a batch, by row, then latent: with row_starts a CSR matrix. All that follows touches only these."""
 
-    row: Tensor
-    latent: Tensor
-    value: Tensor  # positive
+    row: Tensor  # [N] int64
+    latent: Tensor  # [N] int64
+    value: Tensor  # [N] positive
     bar: float  # where to put the bar for the next batch
-    walks: int
+    walks: int  # passes over the encoder
 
 
 @torch.no_grad()
@@ -525,7 +525,8 @@ def select(sae: SAE, x: Tensor, bar: float | None) -> Kept:
             bar, walks = 0.7 * bar if walks < 4 else 0.0, walks + 1
         row, latent, value = found
         kept = largest(value, n, position=row * len(sae.b_enc) + latent)
-        row, latent, value = row[kept], latent[kept], value[kept]
+        by_row = row[kept].argsort(stable=True)
+        row, latent, value = row[kept][by_row], latent[kept][by_row], value[kept][by_row]
     return Kept(row, latent, value, 0.95 * float(value.min()) if len(value) else 0.0, walks)
 
 
@@ -556,7 +557,7 @@ def _above(sae: SAE, x: Tensor, bar: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_largest(sae: SAE, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of the k largest positive pre-activations of each row, by latent, then row."""
+    """(row, latent, value) of the k largest positive pre-activations of each row, by row, then latent."""
     centred, chunk = x - sae.b_dec, max(4 * k, CHUNK_ENTRIES // len(x))
     value, latent = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     for start in range(0, len(sae.b_enc), chunk):
@@ -565,9 +566,9 @@ def _row_largest(sae: SAE, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         numbers = torch.arange(start, start + z.shape[1], device=x.device).expand(len(x), -1)
         value, place = torch.cat([value, z], dim=1).topk(min(k, latent.shape[1] + z.shape[1]), dim=1)
         latent = torch.cat([latent, numbers], dim=1).gather(1, place)
+    latent, order = latent.sort(dim=1)
+    value = value.gather(1, order)
     row, column = (value > 0).nonzero(as_tuple=True)
-    order = latent[row, column].argsort(stable=True)
-    row, column = row[order], column[order]
     return row, latent[row, column], value[row, column]
 
 
@@ -575,28 +576,27 @@ def _row_largest(sae: SAE, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def sparse_gradients(sae: SAE, x: Tensor, bar: float | None) -> tuple[Step, float]:
     """plain_gradients with only the encoder product dense; the rest touches the N kept entries. Returns the next bar too.
 
-    A kept entry i has row r_i, latent l_i, value v_i. embedding_bag sums weighted rows of a matrix by ragged groups, so
-    it decodes (grouped by row) and forms both weight gradients (grouped by latent).
+    A kept entry i has row r_i, latent l_i, value v_i. embedding_bag sums weighted rows of a matrix by ragged groups: by row
+    it decodes, by latent it forms both weight gradients. sampled_addmm computes a product at the kept places alone.
     """
     kept = select(sae, x, bar)
     n_rows, n_latents = len(x), len(sae.b_enc)
-    by_row = kept.row.argsort(stable=True)
-    row_ends = torch.bincount(kept.row, minlength=n_rows).cumsum(0)
-    latent_counts = torch.bincount(kept.latent, minlength=n_latents)
-    latent_starts = latent_counts.cumsum(0) - latent_counts
+    row_counts, latent_counts = torch.bincount(kept.row, minlength=n_rows), torch.bincount(kept.latent, minlength=n_latents)
+    row_starts, latent_starts = row_counts.cumsum(0) - row_counts, latent_counts.cumsum(0) - latent_counts
+    by_latent = kept.latent.argsort(stable=True)
+    row, value = kept.row[by_latent], kept.value[by_latent]
 
-    def sum_by(starts: Tensor, which: Tensor, rows: Tensor, weights: Tensor) -> Tensor:  # Σ_i weights_i rows[which_i]
+    def sum_rows(rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor) -> Tensor:  # Σ_i weights_i rows[which_i]
         return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights)
 
-    row_starts = row_ends - torch.bincount(kept.row, minlength=n_rows)
-    x_hat = sum_by(row_starts, kept.latent[by_row], sae.W_dec, kept.value[by_row]) + sae.b_dec  # X̂ = f W_dec + b_dec
+    x_hat = sum_rows(sae.W_dec, kept.latent, kept.value, row_starts) + sae.b_dec  # X̂ = f W_dec + b_dec
     residual, centred = x - x_hat, x - sae.b_dec
     mse = residual.square().sum(1).mean()
     g = residual * (-2 / n_rows)  # ∂mse/∂X̂
-    d_value = gathered_dot(g, kept.row, sae.W_dec, kept.latent)  # ∂/∂v_i = g[r_i] · W_dec[l_i]
-    sae.W_dec.grad = sum_by(latent_starts, kept.row, g, kept.value)  # fᵀ g
-    sae.W_enc.grad = sum_by(latent_starts, kept.row, centred, d_value)  # (∂f)ᵀ (X - b_dec)
-    sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, d_value)  # Σ over tokens of ∂f
+    d_value = sampled_product(g, sae.W_dec, row_starts, kept.latent)[by_latent]  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
+    sae.W_dec.grad = sum_rows(g, row, value, latent_starts)  # fᵀ g
+    sae.W_enc.grad = sum_rows(centred, row, d_value, latent_starts)  # (∂mse/∂f)ᵀ (X - b_dec)
+    sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent[by_latent], d_value)  # Σ over tokens of ∂mse/∂f
     sae.b_dec.grad = g.sum(0) - sae.b_enc.grad @ sae.W_enc  # decoder's share, and the encoder's: a vector-matrix product
 
     dead, aux = count_dead_(sae, latent_counts > 0, n_rows), torch.zeros_like(mse)
@@ -611,9 +611,11 @@ def sparse_gradients(sae: SAE, x: Tensor, bar: float | None) -> tuple[Step, floa
     return Step(mse, aux.detach(), len(kept.value), len(dead), threshold, kept.walks), kept.bar
 
 
-def gathered_dot(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
-    """[N] of a[i_n] · b[j_n], in pieces that stay in the cache: the gathered rows are never all held."""
-    return torch.cat([(a[p] * b[q]).sum(1) for p, q in zip(i.split(4096), j.split(4096))]) if len(i) else a.new_empty(0)
+def sampled_product(a: Tensor, b: Tensor, row_starts: Tensor, column: Tensor) -> Tensor:
+    """(a bᵀ) [B, F] at N places alone: [N] of a[r_i] · b[column_i], places by row; a [B, D], b [F, D], row_starts [B]."""
+    ends = torch.cat([row_starts, row_starts.new_tensor([len(column)])])
+    places = torch.sparse_csr_tensor(ends, column, torch.zeros_like(column, dtype=a.dtype), (len(a), len(b)), check_invariants=False)
+    return torch.sparse.sampled_addmm(places, a, b.T, beta=0.0).values()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -308,7 +308,7 @@ def test_calibration_is_the_mean_of_the_smallest_kept_entries(planted, planted_s
     sae = bt.SAE(planted_sae.config)
     sae.load_state_dict(planted_sae.state_dict())
     batches = [planted.batch(256, 500 + i) for i in range(5)]
-    minima = [float(f[f > 0].min()) for f in (sae.encode(x, "batch") for x in batches)]
+    minima = [float(f[f > 0].min()) for f in (sae.encode(x, "batch").detach() for x in batches)]
     assert bt.calibrate(sae, torch.cat(batches).split(100)) == pytest.approx(sum(minima) / 5, rel=1e-5)
 
 
