@@ -444,11 +444,11 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
 
 
 def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
-    """Float32 batches [size, D] from tensors [n, D] of any n, in order; the last one may be smaller."""
+    """Float32 batches [size, D] from tensors [..., D] of any leading size, in order; the last one may be smaller."""
     pending, n_pending = [], 0
-    for chunk in chunks:
-        pending.append(chunk.to(device, torch.float32))
-        n_pending += len(chunk)
+    for chunk in [chunks] if isinstance(chunks, Tensor) else chunks:
+        pending.append(chunk.reshape(-1, chunk.shape[-1]).to(device, torch.float32))
+        n_pending += len(pending[-1])
         if n_pending >= size:
             *whole, rest = (pending[0] if len(pending) == 1 else torch.cat(pending)).split(size)
             yield from whole
@@ -613,8 +613,10 @@ def sparse_gradients(sae: SAE, x: Tensor, bar: float | None) -> tuple[Step, floa
 
 def sampled_product(a: Tensor, b: Tensor, row_starts: Tensor, column: Tensor) -> Tensor:
     """(a bᵀ) [B, F] at N places alone: [N] of a[r_i] · b[column_i], places by row; a [B, D], b [F, D], row_starts [B]."""
-    ends = torch.cat([row_starts, row_starts.new_tensor([len(column)])])
-    places = torch.sparse_csr_tensor(ends, column, torch.zeros_like(column, dtype=a.dtype), (len(a), len(b)), check_invariants=False)
+    ends, zeros = torch.cat([row_starts, row_starts.new_tensor([len(column)])]), a.new_zeros(len(column))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        places = torch.sparse_csr_tensor(ends, column, zeros, (len(a), len(b)), check_invariants=False)
     return torch.sparse.sampled_addmm(places, a, b.T, beta=0.0).values()
 
 
@@ -1315,12 +1317,16 @@ class ExportedSAE(nn.Module):
         super().__init__()
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             self.register_buffer(name, getattr(sae, name).detach().float().cpu().clone())
-        self.register_buffer("theta", sae.checked_theta().detach().cpu().clone())
+        self.k = int(sae.config.k) if sae.config.activation == "topk" else 0
+        self.register_buffer("theta", (sae.theta if self.k else sae.checked_theta()).detach().cpu().clone())
         self.per_token: bool = sae.config.normalize == "token"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] to latents f [..., F]."""
         z = functional.linear(self.standardize(x)[0] - self.b_dec, self.W_enc, self.b_enc)
+        if self.k:  # an SAE trained with activation="topk": each row's k largest
+            values, latent = z.topk(self.k, dim=-1)
+            return torch.zeros_like(z).scatter(-1, latent, values.relu())
         return torch.where(z > self.theta, z, torch.zeros_like(z))
 
     def standardize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1383,8 +1389,8 @@ def export(sae: SAE, path: str | os.PathLike) -> float:
             found = {"config.json": ""}
             loaded = torch.jit.load(str(temporary), _extra_files=found)
         generator = torch.Generator().manual_seed(0)
-        chosen = torch.randint(len(sae.W_dec), (256, 8), generator=generator)
-        x = sae.b_dec + 4 * sae.theta * sae.W_dec[chosen].sum(1) + torch.randn(256, len(sae.b_dec), generator=generator) * sae.theta
+        chosen, size = torch.randint(len(sae.W_dec), (256, 8), generator=generator), float(sae.theta.nan_to_num(1.0))
+        x = sae.b_dec + 4 * size * sae.W_dec[chosen].sum(1) + size * torch.randn(256, len(sae.b_dec), generator=generator)
         f, expected = loaded(x), sae.encode(x)
         difference = float((f - expected).abs().max())
         (row, latent), values = loaded.encode_sparse(x)

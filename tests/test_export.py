@@ -63,6 +63,14 @@ def test_sparse_rows_may_be_empty_and_many(sae, tmp_path):
     assert torch.equal(exported(x)[row, latent], values) and len(values) == int((exported(x) > 0).sum()) and row.max() > 2048
 
 
+def test_a_topk_sae_exports_its_own_form(planted, tmp_path):
+    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=64, tokens=5_000, activation="topk", device="cpu")
+    sae = bt.train(cfg, [planted.batch(64, i) for i in range(80)])
+    assert bt.export(sae, tmp_path / "encoder.pt") == 0
+    exported, x = torch.jit.load(tmp_path / "encoder.pt"), planted.batch(30, 52)
+    assert torch.equal(exported(x), sae.encode(x)) and ((exported(x) > 0).sum(1) <= 4).all()
+
+
 def test_bfloat16_inputs_and_saes_export_in_float32(sae, tmp_path):
     bt.export(sae.bfloat16(), tmp_path / "encoder.pt")
     exported = torch.jit.load(tmp_path / "encoder.pt")
