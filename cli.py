@@ -46,7 +46,7 @@ def one_line_errors(command: Callable) -> Callable:
             command(*args, **kwargs)
         except (bt.InputError, bt.Unavailable, OSError) as error:
             text = f"error: {error}" + (f" ({why})" if (why := reason(error.__cause__)) else "")
-            err.print(" ".join(text.split()), style="red", markup=False, highlight=False, soft_wrap=True)
+            say(" ".join(text.split()), style="red")
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
 
     return wrapped
@@ -61,21 +61,29 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def say(text: str, style: str | None = None) -> None:
+    """One line on stderr, as it is."""
+    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def config_options(command: Callable) -> Callable:
     """Give `command` an option for every field of Config, in place of its **options; those not typed stay None."""
     own = inspect.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     types = {"int": int, "float": float, "str": str, "bool": bool}
     derived = {"d_model": "read off the model", "n_latents": "the preset's"}
+    panels = {"d_model": "Dictionary", "tokens": "Training", "model": "Activations", "theta_rate": "θ and evaluation"}
+    panel = ""
     for field in dataclasses.fields(bt.Config):
-        rules, flag = field.metadata, "--" + field.name.replace("_", "-")
+        rules, flag, panel = field.metadata, "--" + field.name.replace("_", "-"), panels.get(field.name, panel)
         option = typer.Option(
-            f"{flag}/--no-{flag[2:]}" if field.type == "bool" else flag, help=rules["doc"] + ".", rich_help_panel=rules["panel"],
-            show_default=derived.get(field.name) or (str(field.default) if field.default != "" else "none"),
+            f"{flag}/--no-{flag[2:]}" if field.type == "bool" else flag, help=rules["doc"] + ".", rich_help_panel=panel,
+            show_default=derived.get(field.name) or str(field.default) or "none",
             metavar="[" + "|".join(rules["choices"]) + "]" if "choices" in rules else None,
             min=rules.get("min"), max=rules.get("max"))
         annotation = Annotated[Optional[types[field.type]], option]
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                                            annotation=annotation))
 
     @functools.wraps(command)
     def wrapped(**kwargs: Any) -> None:
@@ -92,12 +100,13 @@ def config_options(command: Callable) -> Callable:
 @one_line_errors
 def train(
     *,
-    preset: Annotated[str, typer.Option(help="Where the defaults below come from: " + ", ".join(bt.PRESETS) + ".")] = "tiny",
-    name: Annotated[Optional[str], typer.Option(help="Name of the run's folder.", show_default="the preset's, numbered")] = None,
+    preset: Annotated[str, typer.Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")] = "tiny",
+    name: Annotated[Optional[str], typer.Option(help="Name of the run's folder.",
+                                                show_default="the preset's, numbered")] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of all runs.")] = Path("runs"),
-    expansion: Annotated[Optional[float], typer.Option(help="Set the number of latents to so many times the model's width.",
+    expansion: Annotated[Optional[float], typer.Option(help="Have so many latents times the width of the model.",
                                                        show_default="none")] = None,
-    resume: Annotated[Optional[Path], typer.Option(help="Continue this interrupted run; takes no other option than --json.",
+    resume: Annotated[Optional[Path], typer.Option(help="Continue this interrupted run, as it was configured.",
                                                    show_default="none")] = None,
     as_json: Json = False,
     **options: Any,
@@ -119,14 +128,14 @@ def train(
     with TrainingBar() as bar:
         lm = bt.LanguageModel.from_config(cfg)
         if ("d_model" in given or resume) and cfg.d_model != lm.d_model:
-            raise bt.InputError(f"d_model is {cfg.d_model}, but {cfg.model!r} is {lm.d_model} wide there; leave --d-model out")
+            raise bt.InputError(f"d_model is {cfg.d_model}, but {cfg.model!r} is {lm.d_model} wide there; leave it out")
         n_latents = round(expansion * lm.d_model) if expansion else cfg.n_latents
         cfg = dataclasses.replace(cfg, d_model=lm.d_model, n_latents=n_latents)
         try:
             result = bt.train_run(cfg, lm, folder, resume=resume is not None, on_step=bar.update)
         except KeyboardInterrupt:
             bar.stop()
-            err.print(f"stopped and saved; continue with: python cli.py train --resume {folder}", highlight=False, soft_wrap=True)
+            say(f"stopped and saved; continue with: python cli.py train --resume {folder}")
             raise typer.Exit(130) from None
     show(result, cfg, as_json)
     if not as_json:
@@ -157,10 +166,11 @@ def export(
     path = out_file or run / "encoder.pt"
     difference = bt.export(bt.SAE.load(run), path)
     if as_json:
-        print(json.dumps({"run": str(run), "file": str(path), "bytes": path.stat().st_size, "largest_difference": difference}))
+        print(json.dumps({"run": str(run), "file": str(path), "bytes": path.stat().st_size,
+                          "largest_difference": difference}))
     else:
-        out.print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB). Loaded again and compared with the SAE on 256 rows: "
-                  f"largest difference {difference:g}.", highlight=False, soft_wrap=True)
+        out.print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB). Loaded again and compared with the SAE on 256 "
+                  f"rows: largest difference {difference:g}.", highlight=False, soft_wrap=True)
 
 
 def reason(error: BaseException | None) -> str:
@@ -172,7 +182,8 @@ def reason(error: BaseException | None) -> str:
     kinds = {base.__name__ for cause in causes for base in type(cause).__mro__}
     if "GatedRepoError" in kinds or any("gated" in str(cause) for cause in causes):
         return "it is gated: accept its licence on its hub page, then log in with `hf auth login`"
-    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError", "TimeoutException"}:
+    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError", "TimeoutException",
+                "MaxRetryError"}:
         return "it is not on this machine and the hub cannot be reached: check the network"
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return "the hub has no such name, or it is private"
@@ -193,9 +204,10 @@ class TrainingBar:
 
     def __init__(self) -> None:
         self.interrupted, self.shown = False, err.status("loading the model and held-out text")
-        columns = ["{task.fields[rate]} tokens/s", "fvu {task.fields[fvu]}", "L0 {task.fields[l0]}", "dead {task.fields[dead]}"]
-        self.progress = Progress(TextColumn("{task.percentage:>3.0f}%"), BarColumn(20), *map(TextColumn, columns),
-                                 TimeRemainingColumn(), console=err)
+        columns = [TextColumn(text) for text in ("{task.fields[rate]} tokens/s", "fvu {task.fields[fvu]}",
+                                                 "L0 {task.fields[l0]}", "dead {task.fields[dead]}")]
+        self.progress = Progress(TextColumn("{task.percentage:>3.0f}%"), BarColumn(20), *columns, TimeRemainingColumn(),
+                                 console=err)
         self.task = None
 
     def __enter__(self) -> TrainingBar:
@@ -219,14 +231,15 @@ class TrainingBar:
         cfg = trainer.cfg
         if self.task is None:
             self.stop()
-            self.task = self.progress.add_task("", total=cfg.tokens, completed=trainer.tokens_seen, rate="…", fvu="…", l0="…", dead="…")
-            err.print(f"{cfg.n_latents} latents on {cfg.module or f'{cfg.site} of block {cfg.layer}'} of {cfg.model}, {cfg.d_model} wide; "
-                      f"{cfg.tokens:,} tokens, k = {cfg.k:g}, on {trainer.device}", highlight=False, soft_wrap=True)
+            self.task = self.progress.add_task("", total=cfg.tokens, rate="…", fvu="…", l0="…", dead="…")
+            site = cfg.module or f"{cfg.site} of block {cfg.layer}"
+            say(f"{cfg.n_latents} latents on {site} of {cfg.model}, {cfg.d_model} wide; {cfg.tokens:,} tokens, k = {cfg.k:g}, "
+                f"on {trainer.device}")
             self.shown = self.progress
             self.shown.start()
         speed = self.progress.tasks[0].speed
-        self.progress.update(self.task, completed=trainer.tokens_seen, rate=f"{speed:,.0f}" if speed else "…", fvu=f"{stats.fvu:.3f}",
-                             l0=f"{stats.l0:.1f}", dead=f"{stats.dead / cfg.n_latents:.1%}")
+        self.progress.update(self.task, completed=trainer.tokens_seen, rate=f"{speed:,.0f}" if speed else "…",
+                             fvu=f"{stats.fvu:.3f}", l0=f"{stats.l0:.1f}", dead=f"{stats.dead / cfg.n_latents:.1%}")
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -245,8 +258,8 @@ def show(result: dict[str, Any], cfg: bt.Config, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    table = Table(title=f"{result['run']}: {result['tokens']:,} tokens of training, {result['eval_tokens']:,} held-out tokens, "
-                        f"{result['seconds']:.0f} s", title_justify="left")
+    table = Table(title=f"{result['run']}: {result['tokens']:,} tokens of training, {result['eval_tokens']:,} held-out "
+                        f"tokens, {result['seconds']:.0f} s", title_justify="left")
     table.add_column("metric")
     table.add_column("batch", justify="right")
     table.add_column(f"θ = {result['theta_value']:.4g}", justify="right")
@@ -266,8 +279,8 @@ def l0_line(histogram: list[int], k: float) -> str:
         while len(quantiles) < 3 and seen >= wanted[len(quantiles)] * total:
             quantiles.append(count)
     low, middle, high = quantiles
-    return (f"Active latents per token with θ: 5 % of tokens have {low} or fewer, half {middle} or fewer, 5 % {high} or more, "
-            f"the most {len(histogram) - 1}; k = {k:g} is the mean aimed at.")
+    return (f"Active latents per token with θ: 5 % of tokens have {low} or fewer, half {middle} or fewer, 5 % {high} or "
+            f"more, the most {len(histogram) - 1}; k = {k:g} is the mean aimed at.")
 
 
 if __name__ == "__main__":

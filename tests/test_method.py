@@ -274,7 +274,7 @@ def test_the_auxiliary_loss_moves_dead_rows_and_no_live_one(step):
 @pytest.mark.parametrize("bar", [1e6, 4.0, 1.0, 0.0])
 def test_the_kept_set_is_exact_wherever_the_bar_was(bar):
     sae, x = random_sae(config()), randn(16, 12, seed=1)
-    kept = bt.select(sae, x, bar)
+    kept = bt.select_sparse(sae, x, bar)
     dense = torch.zeros(16, 40)
     dense[kept.row, kept.latent] = kept.value
     torch.testing.assert_close(dense, sae.encode(x, "batch").detach(), atol=1e-6, rtol=1e-6)
