@@ -89,7 +89,7 @@ class Config:
     device: str = _option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
     # Activations
     model: str = _option("tiny-gpt2", "causal language model: a hub name, a local folder, or the embedded tiny-gpt2")
-    layer: int = _option(2, "block of the model that is read", min=0)
+    layer: int = _option(1, "block of the model that is read", min=0)
     site: str = _option("resid_pre", "what is read there: the residual stream before or after the block, or what its MLP "
                         "or attention adds to it", choices=("resid_pre", "resid_post", "mlp_out", "attn_out"))
     module: str = _option("", "read the output of this module instead, by its path, e.g. transformer.h.2.mlp.c_fc")
@@ -160,7 +160,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(n_latents=4096),
+    "tiny": dict(n_latents=4096, lr=3e-3),
     "gpt2-small": dict(model="openai-community/gpt2", dataset="Skylion007/openwebtext", layer=8, n_latents=24576,
                        batch_size=4096, tokens=1_000_000_000, lr=3e-4, buffer_tokens=1_048_576, dead_tokens=1_000_000),
     "gemma-2-2b": dict(model="google/gemma-2-2b", dataset="Skylion007/openwebtext", layer=12, n_latents=16384,
@@ -437,7 +437,7 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     """
     thresholds, bar = [], None
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
-        kept = select_sparse(sae, sae.standardize(x)[0], bar)
+        kept = encode_rows(sae, sae.standardize(x)[0], bar=bar)
         bar = kept.bar
         thresholds += [float(kept.value.min())] if len(kept.value) else []
     if not thresholds:
@@ -501,7 +501,7 @@ def plain_gradients(sae: SAE, x: Tensor) -> Step:
 
 
 class Kept(NamedTuple):
-    """The kept entries of a batch, by row, then latent: a CSR matrix but for its row starts. The rest touches only these."""
+    """The active entries of a batch, by row, then latent: a CSR matrix but for its row starts. The rest touches only these."""
 
     row: Tensor  # [N] int64
     latent: Tensor  # [N] int64
@@ -511,26 +511,43 @@ class Kept(NamedTuple):
 
 
 @torch.no_grad()
-def select_sparse(sae: SAE, x: Tensor, bar: float | None) -> Kept:
-    """The entries that training keeps of x [B, D], exactly, without ever holding a [B, F] tensor.
+def encode_rows(sae: SAE, x: Tensor, selection: str = "batch", bar: float | None = None) -> Kept:
+    """SAE.encode without ever holding a [B, F] tensor: the same entries, exactly, of standardised x [B, D].
 
-    The encoder product is walked in chunks of latents. For BatchTopK, only entries above `bar` are collected from each
-    chunk, and the N largest are taken from those. The bar is a fraction of the last batch's threshold (None: estimated
-    from a sample of rows). If fewer than N lie above it, it was too high: it is lowered, at last to 0, and the walk
-    repeated. For TopK each row's k largest so far are carried from chunk to chunk.
+    The encoder product is walked in chunks of latents, and of each chunk only entries above a bar are collected. With
+    selection "theta" the bar is θ. For BatchTopK it is a fraction of the last batch's threshold (None: estimated from a
+    sample of rows), and the N largest are taken from what lies above it. If that is fewer than N the bar was too high: it
+    is lowered, at last to 0, and the walk repeated. For TopK each row's k largest so far are carried along.
     """
     n, walks = sae.config.n_kept(len(x)), 1
     if sae.config.activation == "topk":
         row, latent, value = _row_largest(sae, x, int(sae.config.k))
+    elif selection == "theta":
+        row, latent, value = _above(sae, x, float(sae.checked_theta()))
     else:
         bar = _first_bar(sae, x) if bar is None else bar
         while len((found := _above(sae, x, bar))[0]) < n and bar > 0:
             bar, walks = 0.7 * bar if walks < 4 else 0.0, walks + 1
         row, latent, value = found
         kept = largest(value, n, position=row * len(sae.b_enc) + latent)
-        by_row = row[kept].argsort(stable=True)
-        row, latent, value = row[kept][by_row], latent[kept][by_row], value[kept][by_row]
-    return Kept(row, latent, value, 0.95 * float(value.min()) if len(value) else 0.0, walks)
+        row, latent, value = row[kept], latent[kept], value[kept]
+    order = row.argsort(stable=True)
+    return Kept(row[order], latent[order], value[order], 0.95 * float(value.min()) if len(value) else 0.0, walks)
+
+
+def decode_rows(sae: SAE, kept: Kept, row_starts: Tensor) -> Tensor:
+    """SAE.decode of kept entries, X̂ = f W_dec + b_dec [B, D]; row_starts [B], where each row's entries begin."""
+    return sum_rows(sae.W_dec, kept.latent, kept.value, row_starts) + sae.b_dec
+
+
+def sum_rows(rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    """Σ_i weights_i rows[which_i] over ragged groups of i, which begin at starts [G]: [G, D]; rows [R, D]."""
+    return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights)
+
+
+def starts_of(counts: Tensor) -> Tensor:
+    """Where each group begins, from the groups' sizes."""
+    return counts.cumsum(0) - counts
 
 
 def _first_bar(sae: SAE, x: Tensor) -> float:
@@ -561,7 +578,7 @@ def _above(sae: SAE, x: Tensor, bar: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_largest(sae: SAE, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of the k largest positive pre-activations of each row, by row, then latent."""
+    """(row, latent, value) of the k largest positive pre-activations of each row, by latent, then row."""
     centred, chunk = x - sae.b_dec, max(4 * k, CHUNK_ENTRIES // len(x))
     value, latent = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     for start in range(0, len(sae.b_enc), chunk):
@@ -570,10 +587,10 @@ def _row_largest(sae: SAE, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         numbers = torch.arange(start, start + z.shape[1], device=x.device).expand(len(x), -1)
         value, place = torch.cat([value, z], dim=1).topk(min(k, latent.shape[1] + z.shape[1]), dim=1)
         latent = torch.cat([latent, numbers], dim=1).gather(1, place)
-    latent, order = latent.sort(dim=1)
-    value = value.gather(1, order)
     row, column = (value > 0).nonzero(as_tuple=True)
-    return row, latent[row, column], value[row, column]
+    row, latent, value = row, latent[row, column], value[row, column]
+    order = latent.argsort(stable=True)
+    return row[order], latent[order], value[order]
 
 
 @torch.no_grad()
@@ -583,18 +600,12 @@ def sparse_gradients(sae: SAE, x: Tensor, bar: float | None) -> tuple[Step, floa
     A kept entry i has row r_i, latent l_i, value v_i. embedding_bag sums weighted rows of a matrix by ragged groups: by
     row it decodes, by latent it forms both weight gradients. sampled_addmm computes a product at the kept places alone.
     """
-    kept = select_sparse(sae, x, bar)
-    n_rows, n_latents = len(x), len(sae.b_enc)
-    row_counts = torch.bincount(kept.row, minlength=n_rows)
-    latent_counts = torch.bincount(kept.latent, minlength=n_latents)
-    row_starts, latent_starts = row_counts.cumsum(0) - row_counts, latent_counts.cumsum(0) - latent_counts
-    by_latent = kept.latent.argsort(stable=True)
+    kept = encode_rows(sae, x, bar=bar)
+    n_rows, row_starts = len(x), starts_of(torch.bincount(kept.row, minlength=len(x)))
+    latent_counts = torch.bincount(kept.latent, minlength=len(sae.b_enc))
+    latent_starts, by_latent = starts_of(latent_counts), kept.latent.argsort(stable=True)
     row, latent, value = kept.row[by_latent], kept.latent[by_latent], kept.value[by_latent]
-
-    def sum_rows(rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor) -> Tensor:  # Σ_i weights_i rows[which_i]
-        return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights)
-
-    x_hat = sum_rows(sae.W_dec, kept.latent, kept.value, row_starts) + sae.b_dec  # X̂ = f W_dec + b_dec
+    x_hat = decode_rows(sae, kept, row_starts)
     residual, centred = x - x_hat, x - sae.b_dec
     mse = residual.square().sum(1).mean()
     g = residual * (-2 / n_rows)  # ∂mse/∂X̂
@@ -1228,20 +1239,19 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
     Raises: Unavailable if θ was never estimated; InputError if batches are empty.
     """
     n, total, squares, own_variance, origin = 0, 0.0, 0.0, 0.0, None
-    sums = {s: {"error": 0.0, "own_error": 0.0, "fired": 0, "active": []} for s in ("batch", "theta")}
+    sums = {s: {"error": 0.0, "own_error": 0.0, "fired": 0.0, "active": []} for s in ("batch", "theta")}
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
         origin = x[:1].double() if origin is None else origin  # sums around some token: digits for a variance far from 0
-        shifted = x.double() - origin
+        shifted, variance = x.double() - origin, x.double().var(1)
         n, total, squares = n + len(x), total + shifted.sum(0), squares + shifted.square().sum()
-        variance = x.double().var(1)
         own_variance += float((variance > 0).sum()) * (x.shape[1] - 1)
         for selection, s in sums.items():
-            f = sae.encode(x, selection)
-            error = (x - sae.restore(sae.decode(f), x)).double().square().sum(1)
+            x_hat, kept, counts = reconstruct_rows(sae, x, selection)
+            error = (x - x_hat).double().square().sum(1)
             s["error"] += float(error.sum())
             s["own_error"] += float((error / variance).nan_to_num(0.0, 0.0, 0.0).sum())
-            s["fired"] = s["fired"] + (f > 0).sum(0)
-            s["active"].append((f > 0).sum(1))
+            s["fired"] = s["fired"] + torch.bincount(kept.latent, minlength=len(sae.b_enc)).double()
+            s["active"].append(counts)
     if n == 0:
         raise InputError("there is nothing to evaluate: the batches hold no activations")
     total_variance = float(squares - total.square().sum() / n)
@@ -1251,12 +1261,19 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         result[selection] = {
             "fvu": fvu, "explained_variance": 1 - fvu, "mse": s["error"] / n, "nmse": s["own_error"] / own_variance,
             "l0": float(active.double().mean()), "frac_alive": float((s["fired"] > 0).double().mean()),
-            "l0_histogram": torch.bincount(active).tolist(), "feature_density": (s["fired"].double() / n).float(),
+            "l0_histogram": torch.bincount(active).tolist(), "feature_density": (s["fired"] / n).float(),
         }
     if lm is not None:
         for selection, losses in splice_losses(sae, lm, contexts, (origin[0] + total / n).float()).items():
             result[selection] |= losses
     return result
+
+
+def reconstruct_rows(sae: SAE, x: Tensor, selection: str) -> tuple[Tensor, Kept, Tensor]:
+    """(x̂, its active entries, their number per row) of x [B, D], as SAE.forward gives it, from the active entries alone."""
+    kept = encode_rows(sae, sae.standardize(x)[0], selection)
+    counts = torch.bincount(kept.row, minlength=len(x))
+    return sae.restore(decode_rows(sae, kept, starts_of(counts)), x), kept, counts
 
 
 @torch.no_grad()
@@ -1267,7 +1284,7 @@ def splice_losses(sae: SAE, lm: LanguageModel, contexts: Tensor, mean: Tensor) -
     selection "batch" chooses.
     """
     edits = {"ce_zero": torch.zeros_like, "ce_mean": lambda h: mean.to(h).expand_as(h)}
-    edits |= {selection: lambda h, s=selection: sae(h.float(), s) for selection in ("batch", "theta")}
+    edits |= {selection: lambda h, s=selection: reconstruct_rows(sae, h.float(), s)[0] for selection in ("batch", "theta")}
     sums, n = dict.fromkeys(["ce_clean", *edits, "kl_batch", "kl_theta"], 0.0), 0
     for ids in contexts.to(lm.device).split(max(1, sae.config.batch_size // contexts.shape[1])):
         targets, clean = ids[:, 1:].flatten(), lm.logits(ids)[:, :-1].flatten(0, 1).float().log_softmax(-1)

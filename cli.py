@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
 
@@ -57,6 +58,8 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:  # it reads the environment when it is imported
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     for name in ("transformers", "datasets", "huggingface_hub", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

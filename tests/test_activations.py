@@ -91,9 +91,9 @@ def test_a_local_model_never_touches_the_network(monkeypatch, gemma):
 
 def test_the_embedded_model_is_a_language_model(lm):
     """Unigram entropy is 6.3 nats; a model trained for real on this source is far below it, on files it never saw."""
-    contexts = bt.held_out_contexts(small(calibration_tokens=24_000), lm.tokenizer)[0][:192]
+    contexts = torch.cat([block[:2] for block in bt.Contexts(small(model_batch=32), lm.tokenizer, "held-out")])  # of all files
     losses = [torch.nn.functional.cross_entropy(lm.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for ids in contexts.split(32)]
-    assert sum(losses) / len(losses) < 3.0
+    assert len(contexts) > 200 and sum(losses) / len(losses) < 2.8  # 2.67 over every held-out context: make_tiny_gpt2.py --evaluate
     assert sum(p.stat().st_size for p in bt.TINY_GPT2.iterdir()) < 10e6
 
 

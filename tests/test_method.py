@@ -274,11 +274,23 @@ def test_the_auxiliary_loss_moves_dead_rows_and_no_live_one(step):
 @pytest.mark.parametrize("bar", [1e6, 4.0, 1.0, 0.0])
 def test_the_kept_set_is_exact_wherever_the_bar_was(bar):
     sae, x = random_sae(config()), randn(16, 12, seed=1)
-    kept = bt.select_sparse(sae, x, bar)
+    kept = bt.encode_rows(sae, x, bar=bar)
     dense = torch.zeros(16, 40)
     dense[kept.row, kept.latent] = kept.value
     torch.testing.assert_close(dense, sae.encode(x, "batch").detach(), atol=1e-6, rtol=1e-6)
     assert (dense > 0).sum() == 48 and (kept.walks > 1) == (bar > 3.5), f"{kept.walks} walks from a bar of {bar}"
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+@pytest.mark.parametrize("selection", ["batch", "theta"])
+def test_entries_found_by_walking_are_those_of_encode(selection, activation, monkeypatch):
+    monkeypatch.setattr(bt, "CHUNK_ENTRIES", 16 * 7)
+    sae, x = random_sae(config(activation=activation)), randn(16, 12, seed=1)
+    sae.theta.fill_(1.5)
+    kept, dense = bt.encode_rows(sae, x, selection), torch.zeros(16, 40)
+    dense[kept.row, kept.latent] = kept.value
+    torch.testing.assert_close(dense, sae.encode(x, selection).detach(), atol=1e-6, rtol=1e-6)
+    assert torch.equal(kept.row * 40 + kept.latent, dense.flatten().nonzero().squeeze(1)), "by row, then latent"
 
 
 def test_counters_say_how_many_tokens_a_latent_was_silent():
