@@ -117,5 +117,8 @@ if __name__ == "__main__":
         train(args.tokens, args.further)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    loss = held_out_loss(model, token_stream(tokenizer, "held-out"))
-    print(f"{FOLDER.name}: held-out loss {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}")
+    held_out = token_stream(tokenizer, "held-out")
+    share = torch.bincount(held_out, minlength=VOCAB).double() / len(held_out)
+    loss, entropy = held_out_loss(model, held_out), float(-torch.xlogy(share, share).sum())
+    print(f"{FOLDER.name}: held-out loss {loss:.3f} nats per token (perplexity {math.exp(loss):.1f}); "
+          f"unigram entropy of the same tokens {entropy:.2f}")
