@@ -861,18 +861,21 @@ class Contexts:
                 return
 
     def _blocks(self) -> Iterator[tuple[Tensor, dict]]:
-        cfg, rest, n_documents = self.cfg, self.state["rest"], self.state["documents"]
+        import numpy  # not torch.cat: in a second thread it starts a second pool of threads, which halved training speed
+
+        cfg, rest, n_documents = self.cfg, self.state["rest"].numpy(), self.state["documents"]
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         size, texts = cfg.model_batch * cfg.context, self._texts()
         while group := list(itertools.islice(texts, 64)):
             rows = self.tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
-            rest = torch.cat([rest, *(torch.tensor([begin, *row]) for row in rows)])
+            rest = numpy.concatenate([rest, *([begin, *row] for row in rows)])
             n_documents += len(group)
             while len(rest) >= size:
-                block, rest = rest[:size].view(-1, cfg.context), rest[size:]
-                yield block, {"documents": n_documents, "rest": rest}
+                block, rest = torch.from_numpy(rest[:size]).view(-1, cfg.context), rest[size:]
+                yield block, {"documents": n_documents, "rest": torch.from_numpy(rest)}
         if n := len(rest) // cfg.context:
-            yield rest[: n * cfg.context].view(n, -1), {"documents": n_documents, "rest": rest[n * cfg.context :]}
+            block, rest = torch.from_numpy(rest[: n * cfg.context]).view(n, -1), rest[n * cfg.context :]
+            yield block, {"documents": n_documents, "rest": torch.from_numpy(rest)}
 
 
 def prefetch(items: Iterable, depth: int) -> Iterator:
