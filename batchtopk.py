@@ -1033,8 +1033,6 @@ class Trainer:
         self.sae.b_dec.copy_(x.mean(0))
         self.variance = float((x - self.sae.b_dec).square().sum(1).mean()) or 1.0
         self.scale = math.sqrt(x.shape[1] / self.variance) if self.cfg.normalize == "scale" else 1.0
-        weights, biases = self.optimizer.param_groups  # Adam divides gradients by their size, so only ε has their units
-        weights["eps"], biases["eps"] = 1e-8 / self.scale**2, 1e-8 / self.scale
 
     def learning_rate(self) -> float:
         """Of the next step: linear warm-up, constant, linear decay to zero, by tokens."""
@@ -1073,8 +1071,9 @@ class Trainer:
         W_dec, lr = self.sae.W_dec, self.learning_rate()
         along = (W_dec.grad * W_dec).sum(1, keepdim=True)
         W_dec.grad.addcmul_(W_dec, along, value=-1)  # growing along itself would only be undone by the renormalisation
-        for group, rate in zip(self.optimizer.param_groups, (lr, lr / self.scale)):
-            group["lr"] = rate
+        weights, biases = self.optimizer.param_groups  # Adam divides gradients by their size: of it only ε has units
+        weights.update(lr=lr, eps=1e-8 / self.scale**2)
+        biases.update(lr=lr / self.scale, eps=1e-8 / self.scale)
         self.optimizer.step()
         W_dec.div_(W_dec.norm(dim=1, keepdim=True))
         return lr
@@ -1107,8 +1106,6 @@ class Trainer:
             parameter, _, key = name.partition(".")
             tensor = tensor if key == "step" else tensor.to(self.device)
             self.optimizer.state[getattr(self.sae, parameter)][key] = tensor
-        for group, eps in zip(self.optimizer.param_groups, (1e-8 / self.scale**2, 1e-8 / self.scale)):
-            group["eps"] = eps
         if stream is not None:
             if not parts["stream"]:
                 raise Unavailable(f"{str(path)!r} belongs to a run that is finished; there is nothing to resume")
@@ -1135,15 +1132,13 @@ def train(cfg: Config, batches: Iterable[Tensor], held_out: Iterable[Tensor] | N
         held_out = list(itertools.islice(stream, n))
         if held_out and trainer.scale is None:
             trainer.initialize_(torch.cat(held_out))
-    for x in stream:
-        stats = trainer.step(x[: max(1, cfg.tokens - trainer.tokens_seen)])
+    while trainer.tokens_seen < cfg.tokens:
+        if (x := next(stream, None)) is None:
+            raise InputError(f"the batches ended after {trainer.tokens_seen} of {cfg.tokens} tokens; give more, or a list, "
+                             "which can be repeated, or lower tokens")
+        stats = trainer.step(x[: cfg.tokens - trainer.tokens_seen])
         if on_step:
             on_step(trainer, stats)
-        if trainer.tokens_seen >= cfg.tokens:
-            break
-    else:
-        raise InputError(f"the batches ended after {trainer.tokens_seen} of {cfg.tokens} tokens; give more, or a list, "
-                         "which can be repeated, or lower tokens")
     calibrate(trainer.sae, held_out)
     return trainer.sae
 
@@ -1241,6 +1236,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         the clean one's.
     Raises: Unavailable if θ was never estimated; InputError if batches are empty.
     """
+    sae = sae if sae.W_dec.dtype == torch.float32 else copy.deepcopy(sae).float()  # its weights, in float32 arithmetic
     n, total, squares, own_variance, origin = 0, 0.0, 0.0, 0.0, None
     sums = {s: {"error": 0.0, "own_error": 0.0, "fired": 0.0, "active": []} for s in ("batch", "theta")}
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):

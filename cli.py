@@ -57,6 +57,7 @@ def quieten_libraries() -> None:
     """No banners, bars or advice from the libraries on the way to a result."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "transformers" in sys.modules:  # it reads the environment when it is imported
         sys.modules["transformers"].utils.logging.disable_progress_bar()

@@ -1,5 +1,6 @@
 """The method: selection, the SAE, loss and gradients, θ, training. Every test names a property that could fail."""
 
+import copy
 import math
 
 import pytest
@@ -485,6 +486,12 @@ def test_metrics_are_those_of_their_definitions(planted, planted_sae, selection)
     assert metrics["frac_alive"] == float((f > 0).any(0).double().mean())
     torch.testing.assert_close(metrics["feature_density"], (f > 0).float().mean(0))
     assert sum(metrics["l0_histogram"]) == 700 and sum(c * n for c, n in enumerate(metrics["l0_histogram"])) == int((f > 0).sum())
+
+
+def test_a_bfloat16_sae_can_be_evaluated(planted, planted_sae):
+    rounded = copy.deepcopy(planted_sae).bfloat16()
+    fvu = [bt.evaluate(sae, [planted.batch(512, 906)])["theta"]["fvu"] for sae in (planted_sae, rounded)]
+    assert rounded.W_dec.dtype == torch.bfloat16 and fvu[0] != fvu[1] and fvu[1] == pytest.approx(fvu[0], rel=0.05)
 
 
 def test_evaluating_nothing_is_an_error(planted_sae):

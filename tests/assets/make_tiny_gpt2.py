@@ -10,6 +10,7 @@ path (batchtopk.stdlib_documents), so the split is the same on every machine and
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -105,6 +106,10 @@ def train(tokens: int, further: bool) -> None:
     print(f"held-out loss {held_out_loss(model, held_out):.4f} nats per token", flush=True)
     model.half().save_pretrained(FOLDER)  # float16 halves the file; loaded back as float32
     tokenizer.save_pretrained(FOLDER)
+    settings = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    kept = {k: v for k, v in settings.items() if k not in ("backend", "is_local", "local_files_only")}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
+    (FOLDER / "tokenizer_config.json").write_text(json.dumps(kept, indent=2))
 
 
 if __name__ == "__main__":
