@@ -879,12 +879,12 @@ class Contexts:
 
 
 def prefetch(items: Iterable, depth: int) -> Iterator:
-    """The same items, produced up to `depth` ahead by a background thread, which ends with the iterator."""
+    """The same items, made up to `depth` ahead by a background thread, which ends with the iterator or the main thread."""
     ready: queue.Queue = queue.Queue(depth)
     stop, end = threading.Event(), object()
 
     def put(item: Any) -> bool:
-        while not stop.is_set():
+        while not stop.is_set() and threading.main_thread().is_alive():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)
                 return True
@@ -899,7 +899,8 @@ def prefetch(items: Iterable, depth: int) -> Iterator:
         except BaseException as error:  # handed to the consumer, who raises it
             put((end, error))
 
-    threading.Thread(target=produce, daemon=True).start()
+    # Not a daemon: Python kills those at exit inside whatever native code they run, which aborts the whole process.
+    threading.Thread(target=produce, name="prefetch").start()
     try:
         while (item := ready.get())[0] is not end:
             yield item[0]

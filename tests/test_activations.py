@@ -2,7 +2,10 @@
 
 import json
 import socket
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,14 +188,21 @@ def test_an_error_in_the_tokenising_thread_reaches_the_caller_and_the_thread_end
 
     with pytest.raises(ValueError, match="from the thread"):
         list(bt.prefetch(items(), 2))
-    before = threading.active_count()
     for item in bt.prefetch(iter(range(10**9)), 2):
         if item == 3:
             break
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=2)
-    assert threading.active_count() <= before
+        if thread.name == "prefetch":
+            thread.join(timeout=5)
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_a_process_that_leaves_a_stream_open_ends_at_once_and_cleanly():
+    """Bug here once: a daemon thread was killed inside native code at exit, and the process aborted after its last line."""
+    code = ("import batchtopk as bt; cfg = bt.Config(d_model=1, n_latents=64, device='cpu'); lm = bt.LanguageModel('tiny-gpt2', device='cpu');"
+            "stream = iter(bt.Contexts(cfg, lm.tokenizer, 'train', endless=True)); next(stream); print('done')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(bt.__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr
 
 
 class CountingModel:
