@@ -650,8 +650,9 @@ class LanguageModel:
     Raises InputError for a layer, site or module path the model does not have, Unavailable if it cannot be loaded.
     """
 
-    def __init__(self, model: str, layer: int = 2, site: str = "resid_pre", module: str = "", *, dtype: str = "auto",
-                 device: str = "auto", skip_special: bool = True) -> None:
+    def __init__(self, model: str, layer: int = Config.layer, site: str = Config.site, module: str = Config.module, *,
+                 dtype: str = Config.model_dtype, device: str = Config.device,
+                 skip_special: bool = Config.skip_special) -> None:
         self.name, self.device, self.skip_special = model, resolve_device(device), skip_special
         bfloat16 = dtype == "bfloat16" or dtype == "auto" and self.device.type == "cuda"
         self.model, self.tokenizer = _load_model(model, torch.bfloat16 if bfloat16 else torch.float32)

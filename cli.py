@@ -33,7 +33,7 @@ app = typer.Typer(help="BatchTopK sparse autoencoders: train, evaluate, export."
 out, err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU where there is one.")]
+Device = Annotated[str, typer.Option(help=bt.Config.__dataclass_fields__["device"].metadata["doc"] + ".")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run that `train` wrote, e.g. runs/tiny.", show_default=False)]
 
 
@@ -148,7 +148,7 @@ def train(
 
 @app.command("eval", epilog="Example: python cli.py eval runs/tiny --json")
 @one_line_errors
-def evaluate(run: Run, device: Device = "auto", as_json: Json = False) -> None:
+def evaluate(run: Run, device: Device = bt.Config.device, as_json: Json = False) -> None:
     """Evaluate a run on held-out text: batch selection and θ side by side."""
     device = str(bt.resolve_device(device))
     sae = bt.SAE.load(run, device=device)

@@ -327,8 +327,8 @@ def test_calibration_is_the_mean_of_the_smallest_kept_entries(planted, planted_s
 
 
 def test_calibration_without_a_positive_entry_says_so():
-    sae = few_positives_sae = random_sae(config())
-    few_positives(few_positives_sae, None)
+    sae = random_sae(config())
+    few_positives(sae, None)
     with pytest.raises(bt.InputError, match="no batch held a positive"):
         bt.calibrate(sae, [1e-3 * randn(16, 12)])
     assert sae.theta.isnan()
