@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -39,6 +40,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 
 class InputError(ValueError):
@@ -84,6 +86,10 @@ class Config:
     dead_tokens: int = _option(20_480, "a latent silent for so many tokens is dead (authors: 5 batches of 4096)", min=1)
     step: str = _option("sparse", "sparse: only the encoder product is dense; plain: the same step by autograd, to "
                         "compare", choices=("sparse", "plain"))
+    encoder_dtype: str = _option("auto", "precision in which the sparse step looks for candidates, of which float32 keeps the "
+                                 "largest; auto is bfloat16 where the hardware multiplies it", choices=("auto", "float32", "bfloat16"))
+    kernels: str = _option("torch", "what runs the sparse step: PyTorch's operators, or Triton kernels (on a GPU, or interpreted; "
+                           "opt-in until they have been run on a GPU)", choices=("torch", "triton"))
     checkpoint_minutes: float = _option(10, "how often a run saves the state it can be resumed from", min=0)
     seed: int = _option(0, "seed of the weights and of the shuffling; a CPU run is bit-reproducible", min=0)
     device: str = _option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU where there is one")
@@ -130,6 +136,8 @@ class Config:
             raise InputError(f"k = {self.k:g} keeps no entry in a batch of {self.batch_size}; raise one of them")
         if self.activation == "topk" and self.k != int(self.k):
             raise InputError(f"k is {self.k}; topk takes a whole number of latents per token, batchtopk any number")
+        if self.kernels == "triton" and self.step == "plain":
+            raise InputError('kernels is "triton", but the plain step has none; use step="sparse"')
         if self.warmup + self.decay > 1:
             raise InputError(f"warmup + decay is {self.warmup + self.decay:g}; shares of one run, so at most 1")
 
@@ -202,23 +210,21 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
     if n < 0:
         raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
     flat = z.flatten()
-    return torch.where(largest(flat.detach(), n), flat, 0.0).view_as(z)
-
-
-def largest(values: Tensor, n: int, position: Tensor | None = None) -> Tensor:
-    """Mask [M] of the n largest positive entries of values [M]; ties for the last place go to the lowest position.
-
-    position [M], int, tells where each entry stands in row-major order; by default they come in that order.
-    """
-    n = min(n, len(values))
+    values, n = flat.detach(), min(n, len(flat))
     last = values.topk(n, sorted=False).values.min() if n else values.new_tensor(math.inf)
-    kept = values > last
-    ties = (values == last).nonzero().squeeze(1)
-    missing = n - int(kept.sum())  # the device waits here
-    if position is not None and missing < len(ties):
-        ties = ties[position[ties].argsort()]
-    kept[ties[:missing]] = True
-    return kept & (values > 0)
+    candidates = (values >= last).nonzero().squeeze(1)  # n, and more where several tie for the last place
+    kept = candidates[largest(values[candidates], n)]
+    return torch.zeros_like(flat).scatter(0, kept, flat[kept].relu()).view_as(z)
+
+
+def largest(values: Tensor, n: int) -> Tensor:
+    """Indices [n], ascending, of the n largest of values [M], float32, of which at least n are ≥ 0; of equal ones the first.
+
+    One integer key says both: positive floats are ordered as their bits are, and below them stands the place.
+    """
+    place = torch.arange(len(values) - 1, -1, -1, device=values.device)
+    key = (values.float().relu().view(torch.int32).long() << 32) | place
+    return key.topk(n, sorted=False).indices.sort().values
 
 
 def row_topk(z: Tensor, k: int) -> Tensor:
@@ -279,17 +285,33 @@ class SAE(nn.Module):
         Returns: f [..., F], non-negative, in the dtype of the weights.
         Raises: InputError for another width or selection; Unavailable if θ was never estimated.
         """
+        z = self.pre_activations(self.standardize(self.checked_rows(x, selection))[0])
+        if selection == "batch" or self.config.activation == "topk":
+            f = self.select(z)
+        else:
+            f = z.masked_fill_(z.float() <= self.checked_theta(), 0.0)  # compared in float32, whatever the weights are
+        return f.view(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
+        """encode's active entries alone, without ever holding F numbers for each row. Arguments and errors as for encode.
+
+        Returns indices [2, n] int64, (row, latent) of each active entry by row, then latent, the leading dimensions of x
+        flattened to rows; and values [n] float32: what torch.sparse_coo_tensor(indices, values, (rows, F)) takes.
+        """
+        rows = self.standardize(self.checked_rows(x, selection))[0].float()
+        size = len(rows) if selection == "batch" else 4096
+        parts = [encode_rows(self, part, selection) for part in rows.split(max(1, size))]
+        row = torch.cat([part.row + i * size for i, part in enumerate(parts)])
+        return torch.stack([row, torch.cat([p.latent for p in parts])]), torch.cat([p.value for p in parts])
+
+    def checked_rows(self, x: Tensor, selection: str) -> Tensor:
+        """x [..., D] as rows [B, D] in the dtype of the weights; InputError for another width or selection."""
         if x.shape[-1:] != self.b_dec.shape or not x.is_floating_point():
             raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats of shape [..., {len(self.b_dec)}]")
         if selection not in ("theta", "batch"):
             raise InputError(f"selection is {selection!r}; choose theta or batch")
-        rows = self.standardize(x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype))[0]
-        z = self.pre_activations(rows)
-        if selection == "batch" or self.config.activation == "topk":
-            f = self.select(z)
-        else:
-            f = torch.where(z.float() > self.checked_theta(), z, 0.0)  # compared in float32, whatever the weights are
-        return f.view(*x.shape[:-1], -1)
+        return x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
 
     def select(self, z: Tensor) -> Tensor:
         """What training keeps of the pre-activations z [B, F] of a batch."""
@@ -384,30 +406,38 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+AUX_SHARE = 1 / 24  # of the encoder product's B·F entries may be dead latents' in an auxiliary loss: 6 products of that size
+
+
 def auxiliary_loss(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor,
-                   k: int) -> Tensor:
+                   cfg: Config) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the others left over.
 
-    Each token's k largest pre-activations among the n dead latents, signed: after a ReLU a latent whose pre-activations
+    Each token's aux_k largest pre-activations among the n dead latents, signed: after a ReLU a latent whose pre-activations
     are all negative would never get a gradient. b_dec is not added, because the residual is already free of it.
+
+    Its cost is bounded: where many are dead the mean is taken over the first tokens of the batch alone, which are as
+    random as any, so that it never takes longer than about a quarter of an encoder product.
 
     Args: x [B, D]; residual x - x̂ [B, D], detached, so that no live latent is pulled; the dead latents' own rows W_enc
         [n, D], b_enc [n], W_dec [n, D]; b_dec [D].
     Returns: [] mean over tokens of ‖residual - ê‖².
     """
-    z = functional.linear(x - b_dec, W_enc, b_enc)
-    values, latent = z.topk(min(k, len(b_enc)), dim=1)
+    n_rows = min(len(x), max(1, int(AUX_SHARE * len(x) * cfg.n_latents / len(b_enc))))
+    z = functional.linear(x[:n_rows] - b_dec, W_enc, b_enc)
+    values, latent = z.topk(min(cfg.aux_k, len(b_enc)), dim=1)
     f = torch.zeros_like(z).scatter(1, latent, values)
-    return (residual - f @ W_dec).square().sum(1).mean()
+    return (residual[:n_rows] - f @ W_dec).square().sum(1).mean()
 
 
-def count_dead_(sae: SAE, fired: Tensor, n_tokens: int) -> Tensor:
-    """Enter a batch of n_tokens, in which `fired` [F] bool latents were active, in tokens_since_fired.
+def is_dead(sae: SAE, silent: Tensor) -> Tensor:
+    """Which latents [F] count as dead after so many tokens [F] of silence."""
+    return silent >= sae.config.dead_tokens
 
-    Returns the indices [n] of the latents that are dead now: silent for config.dead_tokens tokens or more.
-    """
-    sae.tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
-    return (sae.tokens_since_fired >= sae.config.dead_tokens).nonzero().squeeze(1)
+
+def silence(sae: SAE, fired: Tensor, n_tokens: int) -> Tensor:
+    """For how many tokens each latent has been silent [F] after n_tokens more, in which `fired` [F] bool were active."""
+    return (sae.tokens_since_fired + n_tokens).masked_fill(fired, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,10 +465,9 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     Args: batches, held-out activations [n, D] of any n, in the model's units.
     Returns: θ. Raises InputError if no batch keeps a positive entry, and then leaves θ as it was.
     """
-    thresholds, bar = [], None
+    thresholds = []
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
-        kept = encode_rows(sae, sae.standardize(x)[0], bar=bar)
-        bar = kept.bar
+        kept = encode_rows(sae, sae.standardize(x)[0])
         thresholds += [float(kept.value.min())] if len(kept.value) else []
     if not thresholds:
         raise InputError("θ cannot be calibrated: no batch held a positive pre-activation; give held-out activations")
@@ -469,35 +498,44 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 
 
 class Step(NamedTuple):
-    """What one evaluation of the loss says, beside the gradients it leaves in the parameters' .grad."""
+    """What one evaluation of the loss on a batch says, beside its gradients."""
 
-    mse: Tensor  # [] mean over tokens of ‖x - x̂‖²
-    aux: Tensor  # [] mean over tokens of ‖e - ê‖², e the residual; 0 without dead latents
+    mse: float  # mean over tokens of ‖x - x̂‖²
+    aux: float  # mean over tokens of ‖e - ê‖², e the residual; 0 without dead latents
     n_kept: int  # entries kept, N or fewer
     n_dead: int  # latents dead after this batch
     threshold: float  # smallest kept entry, NaN if none was positive
+    bar: float  # where the next batch's candidates begin
     walks: int  # passes over the encoder: 1 unless the candidates fell short
 
 
-def plain_gradients(sae: SAE, x: Tensor) -> Step:
+class Gradients(NamedTuple):
+    """Of the loss, by parameter. The weights' come by rows, so that they need never all exist at once."""
+
+    b_enc: Tensor  # [F]
+    b_dec: Tensor  # [D]
+    rows: Callable[[slice], tuple[Tensor, Tensor]]  # of W_enc[part] and of W_dec[part], for a slice of the latents
+
+
+def plain_gradients(sae: SAE, x: Tensor) -> tuple[Step, Gradients]:
     """The loss and its gradients by autograd, straight from the definitions: the twin of sparse_gradients.
 
-    Args: x [B, D], standardised if the SAE does that. Leaves the gradients in .grad and enters the batch in
-    tokens_since_fired.
+    Args: x [B, D], standardised if the SAE does that. Enters the batch in tokens_since_fired.
     """
     f = sae.select(sae.pre_activations(x))
     residual = x - sae.decode(f)
-    mse = residual.square().sum(1).mean()
-    dead = count_dead_(sae, (f > 0).any(0), len(x))
-    aux = torch.zeros_like(mse)
+    mse, aux = residual.square().sum(1).mean(), x.new_zeros(())
+    dead = is_dead(sae, sae.tokens_since_fired).nonzero().squeeze(1)
     if len(dead) and sae.config.aux_k:
         rows = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
-        aux = auxiliary_loss(x, residual.detach(), *rows, sae.config.aux_k)
-    sae.zero_grad()
-    (mse + sae.config.aux_coef * aux).backward()
+        aux = auxiliary_loss(x, residual.detach(), *rows, sae.config)
+    d_W_enc, d_b_enc, d_W_dec, d_b_dec = torch.autograd.grad(mse + sae.config.aux_coef * aux,
+                                                             (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     kept = f.detach()[f > 0]
+    sae.tokens_since_fired.copy_(silence(sae, (f > 0).any(0), len(x)))
     threshold = float(kept.min()) if len(kept) else math.nan
-    return Step(mse.detach(), aux.detach(), len(kept), len(dead), threshold, walks=1)
+    step = Step(mse.item(), aux.item(), len(kept), int(is_dead(sae, sae.tokens_since_fired).sum()), threshold, 0.0, walks=1)
+    return step, Gradients(d_b_enc, d_b_dec, lambda part: (d_W_enc[part], d_W_dec[part]))
 
 
 class Kept(NamedTuple):
@@ -505,135 +543,296 @@ class Kept(NamedTuple):
 
     row: Tensor  # [N] int64
     latent: Tensor  # [N] int64
-    value: Tensor  # [N] positive
-    bar: float  # where to put the bar for the next batch
-    walks: int  # passes over the encoder
+    value: Tensor  # [N] float32; 0 marks a place that stayed empty, for want of positive entries, and counts for nothing
 
 
 @torch.no_grad()
-def encode_rows(sae: SAE, x: Tensor, selection: str = "batch", bar: float | None = None) -> Kept:
-    """SAE.encode without ever holding a [B, F] tensor: the same entries, exactly, of standardised x [B, D].
+def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None) -> tuple[Step, Gradients]:
+    """plain_gradients with only the encoder product dense: the rest touches the N kept entries. `last` is the step before.
 
-    The encoder product is walked in chunks of latents, and of each chunk only entries above a bar are collected. With
-    selection "theta" the bar is θ. For BatchTopK it is a fraction of the last batch's threshold (None: estimated from a
-    sample of rows), and the N largest are taken from what lies above it. If that is fewer than N the bar was too high: it
-    is lowered, at last to 0, and the walk repeated. For TopK each row's k largest so far are carried along.
+    On a GPU the host waits once: every shape is known beforehand, and whether the candidates sufficed is read with the
+    other numbers, before any parameter has moved. If they did not, all is done again from a lower bar, at last from 0.
     """
-    n, walks = sae.config.n_kept(len(x)), 1
-    if sae.config.activation == "topk":
-        row, latent, value = _row_largest(sae, x, int(sae.config.k))
-    elif selection == "theta":
-        row, latent, value = _above(sae, x, float(sae.checked_theta()))
+    cfg, n, dtype = sae.config, sae.config.n_kept(len(x)), product_dtype(sae.config, x.device)
+    centred = x - sae.b_dec
+    if last:
+        bar, n_dead = last.bar, last.n_dead
     else:
-        bar = _first_bar(sae, x) if bar is None else bar
-        while len((found := _above(sae, x, bar))[0]) < n and bar > 0:
-            bar, walks = 0.7 * bar if walks < 4 else 0.0, walks + 1
-        row, latent, value = found
-        kept = largest(value, n, position=row * len(sae.b_enc) + latent)
-        row, latent, value = row[kept], latent[kept], value[kept]
-    order = row.argsort(stable=True)
-    return Kept(row[order], latent[order], value[order], 0.95 * float(value.min()) if len(value) else 0.0, walks)
+        bar, n_dead = first_bar(sae, centred), int(is_dead(sae, sae.tokens_since_fired).sum())
+    dead = is_dead(sae, sae.tokens_since_fired).nonzero_static(size=n_dead).squeeze(1)
+    expected = n if cfg.activation == "batchtopk" else 8 * sample_rank(int(cfg.k)) * len(x)  # candidates, at least
+    room = 2 * expected if runs_ahead(cfg, x.device) else None
+    rounding = 1.01 if dtype == torch.bfloat16 and cfg.activation == "batchtopk" else 0.0  # what bfloat16 may have left below the bar
+    for walks in itertools.count(1):
+        kept, found = keep(sae, centred, bar, dtype, room)
+        mse, aux, gradients = backward(sae, x, centred, kept, dead)
+        fired = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, kept.value) > 0
+        silent, positive = silence(sae, fired, len(x)), kept.value > 0
+        threshold = torch.where(positive, kept.value, math.inf).min() if len(positive) else mse.new_tensor(math.inf)
+        numbers = mse, aux, positive.sum(), is_dead(sae, silent).sum(), threshold, found
+        mse, aux, n_kept, n_dead, threshold, n_found = torch.stack([t.double() for t in numbers]).tolist()  # the host waits
+        if room and n_found > room:
+            room *= 4
+        elif bar > 0 and (n_kept < n or threshold < rounding * bar):
+            bar = lower(bar, walks)
+        else:
+            break
+    sae.tokens_since_fired.copy_(silent)
+    bar = 1.0 if cfg.activation == "topk" else 0.95 * threshold if n_kept else 0.0
+    return Step(mse, aux, int(n_kept), int(n_dead), threshold if n_kept else math.nan, bar, walks), gradients
 
 
-def decode_rows(sae: SAE, kept: Kept, row_starts: Tensor) -> Tensor:
-    """SAE.decode of kept entries, X̂ = f W_dec + b_dec [B, D]; row_starts [B], where each row's entries begin."""
-    return sum_rows(sae.W_dec, kept.latent, kept.value, row_starts) + sae.b_dec
+def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> tuple[Tensor, Tensor, Gradients]:
+    """(mse, aux, their gradients) from x and x - b_dec [B, D], the entries kept and the dead latents [n], one formula a line.
+
+    A kept entry i has row r_i, latent l_i, value v_i. sum_rows adds up weighted rows of a matrix by ragged groups: by row
+    it decodes, by latent it forms both weight gradients. sampled_product computes a product at the kept places alone.
+    """
+    cfg, residual = sae.config, centred - decode_rows(sae, kept, len(x))  # x - x̂
+    mse, aux, d_dead = residual.square().sum(1).mean(), x.new_zeros(()), None
+    g = residual * (-2 / len(x))  # ∂mse/∂X̂
+    d_value = sampled_product(g, sae.W_dec, kept, cfg.kernels) * (kept.value > 0)  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
+    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, d_value)  # Σ over tokens of ∂mse/∂f
+    d_b_dec = g.sum(0) - d_b_enc @ sae.W_enc  # decoder's share, encoder's share: a vector times a matrix
+    if len(dead) and cfg.aux_k:
+        with torch.enable_grad():
+            rows = [t.detach().requires_grad_() for t in (sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec)]
+            aux = auxiliary_loss(x, residual, *rows, cfg)
+            d_W_enc, d_b_enc_dead, d_W_dec, d_b_dec_dead = torch.autograd.grad(cfg.aux_coef * aux, rows)
+        d_b_enc.index_add_(0, dead, d_b_enc_dead)
+        d_b_dec += d_b_dec_dead
+        d_dead = dead, d_W_enc, d_W_dec
+    order = kept.latent.argsort(stable=True)
+    entries = Kept(kept.row[order], kept.latent[order], kept.value[order])
+    weights = weight_gradients(sae, entries, d_value[order], g, centred, d_dead)
+    return mse, aux.detach(), Gradients(d_b_enc, d_b_dec, weights)
+
+
+def weight_gradients(sae: SAE, entries: Kept, d_value: Tensor, g: Tensor, centred: Tensor,
+                     d_dead: tuple[Tensor, Tensor, Tensor] | None) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    """Gradients.rows from the entries by latent, ∂mse/∂v [N], g = ∂mse/∂X̂ and X - b_dec [B, D], and dead latents' rows."""
+
+    def rows(part: slice) -> tuple[Tensor, Tensor]:
+        i, n = within(entries.latent, part, len(sae.b_enc)), part.stop - part.start
+        starts = group_starts(entries.latent[i] - part.start, n)
+        if sae.config.kernels == "triton":
+            d_W_enc, d_W_dec = triton_weight_gradients(g, centred, entries.row[i], entries.value[i], d_value[i], starts)
+        else:
+            d_W_dec = sum_rows(g, entries.row[i], entries.value[i], starts)  # fᵀ g
+            d_W_enc = sum_rows(centred, entries.row[i], d_value[i], starts)  # (∂mse/∂f)ᵀ (X - b_dec)
+        if d_dead:
+            i = within(d_dead[0], part, len(sae.b_enc))
+            d_W_enc.index_add_(0, d_dead[0][i] - part.start, d_dead[1][i])
+            d_W_dec.index_add_(0, d_dead[0][i] - part.start, d_dead[2][i])
+        return d_W_enc, d_W_dec
+
+    return rows
+
+
+def within(latents: Tensor, part: slice, n_latents: int) -> slice:
+    """Where a slice of the latents lies in ascending latents [N]; asked for all of them the host does not wait."""
+    if part.stop - part.start == n_latents:
+        return slice(0, len(latents))
+    return slice(*torch.searchsorted(latents, latents.new_tensor([part.start, part.stop])).tolist())
+
+
+def group_starts(groups: Tensor, n: int) -> Tensor:
+    """Where each of n groups begins in the ascending group numbers [N], and where the last one ends: [n + 1]."""
+    return torch.searchsorted(groups, torch.arange(n + 1, device=groups.device))
+
+
+def decode_rows(sae: SAE, kept: Kept, n_rows: int) -> Tensor:
+    """f W_dec [B, D] from the kept entries of f, without its zeros."""
+    starts = group_starts(kept.row, n_rows)
+    if sae.config.kernels == "triton":
+        return triton_decode(sae.W_dec, kept.latent, kept.value, starts)
+    return sum_rows(sae.W_dec, kept.latent, kept.value, starts)
 
 
 def sum_rows(rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """Σ_i weights_i rows[which_i] over ragged groups of i, which begin at starts [G]: [G, D]; rows [R, D]."""
-    return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights)
+    """Σ_i weights_i rows[which_i] over ragged groups of i: [G, D]; rows [R, D], which and weights [N], starts [G + 1]."""
+    return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def starts_of(counts: Tensor) -> Tensor:
-    """Where each group begins, from the groups' sizes."""
-    return counts.cumsum(0) - counts
+def sampled_product(a: Tensor, b: Tensor, places: Kept, kernels: str) -> Tensor:
+    """a bᵀ at N places alone, sorted by row: [N] of a[row_i] · b[latent_i]; a [B, D], b [F, D]."""
+    starts, zeros = group_starts(places.row, len(a)), a.new_zeros(len(places.row))
+    if kernels == "triton":
+        return triton_sampled_product(a, b, places.latent, starts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        matrix = torch.sparse_csr_tensor(starts, places.latent, zeros, (len(a), len(b)), check_invariants=False)
+    return torch.sparse.sampled_addmm(matrix, a, b.T, beta=0.0).values()
 
 
-def _first_bar(sae: SAE, x: Tensor) -> float:
-    """A bar somewhat under the threshold that 64 rows of x would have alone; 0 if they keep nothing."""
-    sample = sae.pre_activations(x[:: max(1, len(x) // 64)])
+# Selection without a [B, F] tensor
+
+
+@torch.no_grad()
+def encode_rows(sae: SAE, x: Tensor, selection: str = "batch") -> Kept:
+    """SAE.encode of standardised x [B, D] as its active entries alone, in float32: no [B, F] tensor ever exists."""
+    centred = x - sae.b_dec
+    if selection == "theta" and sae.config.activation != "topk":
+        theta = float(sae.checked_theta())
+        row, latent, value, _ = walk(sae, centred, 0.999 * theta)
+        active = value > theta
+        return Kept(row[active], latent[active], value[active])
+    bar = first_bar(sae, centred)
+    for walks in itertools.count(1):
+        kept, _ = keep(sae, centred, bar)
+        active = kept.value > 0
+        if bar == 0 or int(active.sum()) == sae.config.n_kept(len(x)):
+            return Kept(kept.row[active], kept.latent[active], kept.value[active])
+        bar = lower(bar, walks)
+
+
+def first_bar(sae: SAE, centred: Tensor) -> float:
+    """A bar somewhat under the threshold that 64 rows of x - b_dec [B, D] would have alone; 0 if they keep nothing."""
+    if sae.config.activation == "topk":
+        return 1.0
+    sample = functional.linear(centred[:: max(1, len(centred) // 64)], sae.W_enc, sae.b_enc).detach()
     n = max(1, sae.config.n_kept(len(sample)))
     return 0.8 * max(0.0, float(sample.flatten().topk(n).values[-1]))
 
 
-CHUNK_ENTRIES = 1 << 20  # pre-activations held at a time: 4 MiB stay in a CPU's cache between product and comparison
+def lower(bar: float, walks: int) -> float:
+    """The bar to try after `walks` tries from which the candidates fell short."""
+    return 0.7 * bar if walks < 4 else 0.0
 
 
-def _above(sae: SAE, x: Tensor, bar: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of all pre-activations above bar, by latent, then row."""
-    centred, (n_rows, n_latents) = (x - sae.b_dec).T, (len(x), len(sae.b_enc))
-    chunk = max(1, CHUNK_ENTRIES // n_rows)
-    scratch = x.new_empty(min(chunk, n_latents), n_rows)
-    indices, values = [], []
+def keep(sae: SAE, centred: Tensor, bar: float, dtype: torch.dtype = torch.float32,
+         room: int | None = None) -> tuple[Kept, Tensor]:
+    """What training keeps, exactly, of rows x - b_dec [B, D] if enough of it lies above the bar; and how much does [].
+
+    BatchTopK takes the N largest of all candidates, TopK the k largest of each row's, whose own bars `bar` scales. Where
+    fewer than N kept values are positive and the bar is not 0, it was too high.
+    """
+    n, n_rows = sae.config.n_kept(len(centred)), len(centred)
+    if sae.config.activation == "batchtopk":
+        row, latent, value, found = walk(sae, centred, bar, dtype, room)
+        i = largest(value, min(n, len(value)))
+        return Kept(row[i], latent[i], value[i].relu()), found
+    k = int(sae.config.k)
+    row, latent, value, found = walk(sae, centred, bar * row_bars(sae, centred, k), dtype, room)
+    i = row_largest(row, value, n_rows, k)  # an index one past the end is an empty place
+    latent, value = functional.pad(latent, (0, 1)), functional.pad(value, (0, 1))
+    row = torch.arange(n_rows, device=i.device).repeat_interleave(k, output_size=n)
+    return Kept(row, latent[i], value[i].relu()), found
+
+
+def row_bars(sae: SAE, centred: Tensor, k: int) -> Tensor:
+    """For each row of x - b_dec [B, D] a bar [B] that its k largest pre-activations most likely exceed."""
+    sample = functional.linear(centred, sae.W_enc[::8], sae.b_enc[::8])
+    if sample_rank(k) > sample.shape[1]:
+        return centred.new_zeros(len(centred))
+    return sample.topk(sample_rank(k), dim=1).values[:, -1].relu()
+
+
+def sample_rank(k: int) -> int:
+    """The rank in a sample of every eighth entry that the k-th largest of all exceeds but once in 100,000 rows: k/8 of k
+    are expected in the sample, and the rank is six standard deviations further down."""
+    return math.ceil(k / 8 + 6 * math.sqrt(k * 7 / 64))
+
+
+def row_largest(row: Tensor, value: Tensor, n_rows: int, k: int) -> Tensor:
+    """Indices [n_rows·k], ascending in each row, of the k largest of each row's values; row [M] ascending, value [M].
+
+    Of equal values the first; M, one past the end, for each place that a row with fewer values leaves.
+    """
+    starts, end = group_starts(row, n_rows), len(row)
+    falling = (row << 32) | (0x7FFFFFFF - value.relu().view(torch.int32).long())  # by row, then from the largest down
+    order = functional.pad(falling.argsort(stable=True), (0, 1), value=end)
+    place = starts[:-1, None] + torch.arange(k, device=row.device)
+    return torch.where(place < starts[1:, None], order[place.clamp(max=end)], end).sort(dim=1).values.flatten()
+
+
+CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time: 16 MiB stay in a CPU's last cache
+
+
+def walk(sae: SAE, centred: Tensor, bar: float | Tensor, dtype: torch.dtype = torch.float32,
+         room: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All pre-activations of rows x - b_dec [B, D] above a bar, found chunk by chunk of latents: the only dense product of a step.
+
+    With dtype bfloat16 the product only nominates: values are computed again in float32, so that an entry is missed if
+    rounding took it below the bar, never misjudged.
+
+    Args: bar, a number or one for each row [B]; room, if given, how many entries are returned, whatever there is, so that
+        the host need not wait to know: the places left over hold the value 0, and `found` tells if some had no room.
+    Returns: row, latent [M] int64 and value [M], by row, then latent; found [], how many there are.
+    """
+    n_rows, n_latents, device = len(centred), len(sae.b_enc), centred.device
+    columns = operand(centred, dtype).T
+    chunk = min(n_latents, max(1, CHUNK_ENTRIES[device.type] // max(1, n_rows)))
+    scratch = torch.empty(chunk, n_rows, dtype=columns.dtype, device=device)
+    indices, values, found = [], [], torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, n_latents, chunk):
         part = slice(start, min(start + chunk, n_latents))
-        z = torch.mm(sae.W_enc[part], centred, out=scratch[: part.stop - start]).add_(sae.b_enc[part, None]).view(-1)
-        index = (z > bar).nonzero().squeeze(1)
-        values.append(z[index])
-        indices.append(index.add_(start * n_rows))
-    index = torch.cat(indices)
+        z = torch.mm(operand(sae.W_enc[part], dtype), columns, out=scratch[: part.stop - start])
+        room_here = min(z.numel(), 4 * room * len(z) // n_latents + 256) if room else None
+        index, n = compact(z, bar - sae.b_enc[part, None], room_here, sae.config.kernels)
+        value = z.view(-1)[index].float()
+        values.append(value.masked_fill(index < 0, math.nan) if room else value)
+        indices.append(index + start * n_rows)
+        found += torch.where(n > room_here, n_rows * n_latents, n) if room else n
+    index, value = torch.cat(indices), torch.cat(values)
     latent = index // n_rows
-    return index - latent * n_rows, latent, torch.cat(values)
+    position = (index - latent * n_rows) * n_latents + latent
+    if room:
+        position = position.masked_fill(value.isnan(), n_rows * n_latents)  # empty places: latent 0 of the last row, in the end
+    position, order = position.sort()
+    position, value = position[:room], value[order[:room]]
+    row = (position // n_latents).clamp(max=n_rows - 1)
+    latent = position % n_latents
+    empty = value.isnan()
+    if dtype == torch.bfloat16:
+        value = sampled_product(centred, sae.W_enc, Kept(row, latent, value), sae.config.kernels)
+    return row, latent, (value + sae.b_enc[latent]).masked_fill(empty, 0.0), found
 
 
-def _row_largest(sae: SAE, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, latent, value) of the k largest positive pre-activations of each row, by latent, then row."""
-    centred, chunk = x - sae.b_dec, max(4 * k, CHUNK_ENTRIES // len(x))
-    value, latent = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-    for start in range(0, len(sae.b_enc), chunk):
-        part = slice(start, start + chunk)
-        z = functional.linear(centred, sae.W_enc[part], sae.b_enc[part])
-        numbers = torch.arange(start, start + z.shape[1], device=x.device).expand(len(x), -1)
-        value, place = torch.cat([value, z], dim=1).topk(min(k, latent.shape[1] + z.shape[1]), dim=1)
-        latent = torch.cat([latent, numbers], dim=1).gather(1, place)
-    row, column = (value > 0).nonzero(as_tuple=True)
-    row, latent, value = row, latent[row, column], value[row, column]
-    order = latent.argsort(stable=True)
-    return row[order], latent[order], value[order]
+def runs_ahead(cfg: Config, device: torch.device) -> bool:
+    """Whether the host issues work faster than it is done, so that shapes it would have to wait for are avoided."""
+    return device.type == "cuda" or cfg.kernels == "triton"
 
 
-@torch.no_grad()
-def sparse_gradients(sae: SAE, x: Tensor, bar: float | None) -> tuple[Step, float]:
-    """plain_gradients with only the encoder product dense: the rest touches the N kept entries. Also returns the next bar.
+def product_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """The precision of the encoder product in training."""
+    wanted = cfg.encoder_dtype == "bfloat16" or cfg.encoder_dtype == "auto" and multiplies_bfloat16(device)
+    return torch.bfloat16 if wanted else torch.float32
 
-    A kept entry i has row r_i, latent l_i, value v_i. embedding_bag sums weighted rows of a matrix by ragged groups: by
-    row it decodes, by latent it forms both weight gradients. sampled_addmm computes a product at the kept places alone.
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for it: GPUs from compute capability 8.0, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 does not tell, and is given float32
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+def operand(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor of the encoder product, rounded to dtype. Without instructions for bfloat16 it is rounded and then multiplied
+    in float32: the same numbers but for the order of summation, 400 times faster than torch's bfloat16 product there."""
+    if dtype == torch.float32:
+        return t.float()
+    return t.to(dtype) if multiplies_bfloat16(t.device) else t.to(dtype).float()
+
+
+def compact(z: Tensor, above: Tensor, room: int | None, kernels: str) -> tuple[Tensor, Tensor | int]:
+    """Flat indices [M] of the entries of z [C, B] that exceed `above`, which broadcasts to z; and how many there are.
+
+    With room, M = room and -1 fills the places left over.
     """
-    kept = encode_rows(sae, x, bar=bar)
-    n_rows, row_starts = len(x), starts_of(torch.bincount(kept.row, minlength=len(x)))
-    latent_counts = torch.bincount(kept.latent, minlength=len(sae.b_enc))
-    latent_starts, by_latent = starts_of(latent_counts), kept.latent.argsort(stable=True)
-    row, latent, value = kept.row[by_latent], kept.latent[by_latent], kept.value[by_latent]
-    x_hat = decode_rows(sae, kept, row_starts)
-    residual, centred = x - x_hat, x - sae.b_dec
-    mse = residual.square().sum(1).mean()
-    g = residual * (-2 / n_rows)  # ∂mse/∂X̂
-    d_value = sampled_product(g, sae.W_dec, row_starts, kept.latent)[by_latent]  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
-    sae.W_dec.grad = sum_rows(g, row, value, latent_starts)  # fᵀ g
-    sae.W_enc.grad = sum_rows(centred, row, d_value, latent_starts)  # (∂mse/∂f)ᵀ (X - b_dec)
-    sae.b_enc.grad = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)  # Σ over tokens of ∂mse/∂f
-    sae.b_dec.grad = g.sum(0) - sae.b_enc.grad @ sae.W_enc  # decoder's share, encoder's share: a vector times a matrix
-
-    dead, aux = count_dead_(sae, latent_counts > 0, n_rows), torch.zeros_like(mse)
-    if len(dead) and sae.config.aux_k:
-        with torch.enable_grad():
-            rows = [t.detach().requires_grad_() for t in (sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec)]
-            aux = auxiliary_loss(x, residual, *rows, sae.config.aux_k)
-            d_W_enc, d_b_enc, d_W_dec, d_b_dec = torch.autograd.grad(sae.config.aux_coef * aux, rows)
-        sae.W_enc.grad[dead], sae.b_enc.grad[dead], sae.W_dec.grad[dead] = d_W_enc, d_b_enc, d_W_dec  # were 0: silent
-        sae.b_dec.grad += d_b_dec
-    threshold = float(kept.value.min()) if len(kept.value) else math.nan
-    return Step(mse, aux.detach(), len(kept.value), len(dead), threshold, kept.walks), kept.bar
-
-
-def sampled_product(a: Tensor, b: Tensor, row_starts: Tensor, column: Tensor) -> Tensor:
-    """a bᵀ at N places alone, sorted by row: [N] of a[r_i] · b[column_i]; a [B, D], b [F, D], row_starts [B]."""
-    ends, zeros = torch.cat([row_starts, row_starts.new_tensor([len(column)])]), a.new_zeros(len(column))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        places = torch.sparse_csr_tensor(ends, column, zeros, (len(a), len(b)), check_invariants=False)
-    return torch.sparse.sampled_addmm(places, a, b.T, beta=0.0).values()
+    if kernels == "triton" and room is not None:
+        return triton_compact(z, above.expand_as(z), room)
+    mask = (z > above).view(-1)
+    if room is not None:
+        return mask.nonzero_static(size=room).squeeze(1), mask.sum()
+    if len(mask) % 8:
+        index = mask.nonzero().squeeze(1)
+    else:  # look at eight at a time first: almost all are empty
+        eights = mask.view(torch.int64).nonzero().squeeze(1)
+        inside = mask.view(-1, 8)[eights].view(-1).nonzero().squeeze(1)
+        index = eights[inside >> 3] * 8 + (inside & 7)
+    return index, len(index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1008,6 +1207,9 @@ class StepStats(NamedTuple):
     walks: int  # passes over the encoder product: 1 unless the candidates fell short of N
 
 
+UPDATE_ENTRIES = 1 << 20  # of a weight matrix, updated at a time on a CPU: 4 MiB each of it, its gradient and two moments
+
+
 class Trainer:
     """Trains one SAE step by step: project the decoder's gradient, Adam, renormalise the decoder's rows.
 
@@ -1022,11 +1224,10 @@ class Trainer:
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = SAE(cfg).to(self.device)
         self.tokens_seen = self.steps = self.rewalks = self.theta_updates = 0
-        self.bar: float | None = None  # where candidate selection starts, from the last batch
+        self.last: Step | None = None  # tells the next step where candidates begin and how many latents are dead
         self.scale: float | None = None  # s, set from the first batch together with b_dec
-        sae, betas = self.sae, (cfg.beta1, cfg.beta2)
-        groups = [{"params": [sae.W_enc, sae.W_dec]}, {"params": [sae.b_enc, sae.b_dec]}]
-        self.optimizer = torch.optim.Adam(groups, lr=0.0, betas=betas, fused=True)
+        self.moments = {f"{name}.{key}": torch.zeros_like(parameter, requires_grad=False)
+                        for name, parameter in self.sae.named_parameters() for key in ("exp_avg", "exp_avg_sq")}
 
     @torch.no_grad()
     def initialize_(self, x: Tensor) -> None:
@@ -1051,42 +1252,59 @@ class Trainer:
         sae = self.sae
         x = sae.standardize(x.to(self.device, torch.float32))[0]
         if self.cfg.step == "plain":
-            result = plain_gradients(sae, x)
+            last, gradients = plain_gradients(sae, x)
         else:
-            result, self.bar = sparse_gradients(sae, x, self.bar)
-        if not math.isfinite(mse := float(result.mse)):
-            raise InputError(f"the loss is {mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
-        lr = self._update_parameters_()
+            last, gradients = sparse_gradients(sae, x, self.last)
+        if not math.isfinite(last.mse):
+            raise InputError(f"the loss is {last.mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
+        lr = self.learning_rate()
+        self.update_parameters_(gradients, lr)
+        self.last = last
         self.tokens_seen += len(x)
         self.steps += 1
-        self.rewalks += result.walks > 1
-        if result.n_kept:
+        self.rewalks += last.walks > 1
+        if last.n_kept:
             self.theta_updates += 1
-            update_theta_(sae, result.threshold, self.theta_updates)
-        aux = float(result.aux)
-        return StepStats(mse + self.cfg.aux_coef * aux, mse, aux, mse / self.variance, result.n_kept / len(x),
-                         result.n_dead, result.threshold, lr, result.walks)
+            update_theta_(sae, last.threshold, self.theta_updates)
+        return StepStats(last.mse + self.cfg.aux_coef * last.aux, last.mse, last.aux, last.mse / self.variance,
+                         last.n_kept / len(x), last.n_dead, last.threshold, lr, last.walks)
 
     @torch.no_grad()
-    def _update_parameters_(self) -> float:
-        """Project, Adam, renormalise; returns the learning rate."""
-        W_dec, lr = self.sae.W_dec, self.learning_rate()
-        along = (W_dec.grad * W_dec).sum(1, keepdim=True)
-        W_dec.grad.addcmul_(W_dec, along, value=-1)  # growing along itself would only be undone by the renormalisation
-        weights, biases = self.optimizer.param_groups  # Adam divides gradients by their size: of it only ε has units
-        weights.update(lr=lr, eps=1e-8 / self.scale**2)
-        biases.update(lr=lr / self.scale, eps=1e-8 / self.scale)
-        self.optimizer.step()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-        return lr
+    def update_parameters_(self, gradients: Gradients, lr: float) -> None:
+        """Project the decoder's gradient, Adam, renormalise the decoder's rows.
+
+        On a CPU so many rows at a time as stay in its caches from the gradient to the renormalisation: that halves the time.
+        """
+        sae, s, n_latents = self.sae, self.scale, self.cfg.n_latents
+        rows = n_latents if runs_ahead(self.cfg, self.device) else max(1, UPDATE_ENTRIES // self.cfg.d_model)
+        for start in range(0, n_latents, rows):
+            part = slice(start, min(start + rows, n_latents))
+            d_W_enc, d_W_dec = gradients.rows(part)
+            if self.cfg.kernels == "triton":
+                for name, gradient in (("W_enc", d_W_enc), ("W_dec", d_W_dec)):
+                    moments = self.moments[name + ".exp_avg"], self.moments[name + ".exp_avg_sq"]
+                    triton_adam_(getattr(sae, name), gradient, *moments, self.steps + 1, lr, (self.cfg.beta1, self.cfg.beta2),
+                                 1e-8 / s**2, unit=name == "W_dec")
+                continue
+            W_dec = sae.W_dec[part]
+            d_W_dec.addcmul_(W_dec, (d_W_dec * W_dec).sum(1, keepdim=True), value=-1)  # growth that the last line would undo
+            self._adam_({"W_enc": d_W_enc, "W_dec": d_W_dec}, part, lr, 1e-8 / s**2)
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+        self._adam_({"b_enc": gradients.b_enc, "b_dec": gradients.b_dec}, slice(None), lr / s, 1e-8 / s)
+
+    def _adam_(self, gradients: dict[str, Tensor], part: slice, lr: float, eps: float) -> None:
+        """One step of Adam on rows of some parameters. It divides gradients by their size, so of their units ε alone knows."""
+        parameters, first, second = zip(*((getattr(self.sae, name)[part], self.moments[name + ".exp_avg"][part],
+                                           self.moments[name + ".exp_avg_sq"][part]) for name in gradients))
+        steps = [torch.full((), float(self.steps), device=self.device) for _ in gradients]  # each is counted up in place
+        adam(list(parameters), list(gradients.values()), list(first), list(second), [], steps, fused=True, amsgrad=False,
+             beta1=self.cfg.beta1, beta2=self.cfg.beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
 
     def save(self, path: str | os.PathLike, stream: ActivationStream | None = None) -> None:
         """Everything a resumed run needs to be the run, in one safetensors file, whole or not at all."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        names = {parameter: name for name, parameter in self.sae.named_parameters()}
-        for parameter, moments in self.optimizer.state.items():
-            tensors |= {f"adam.{names[parameter]}.{key}": value for key, value in moments.items()}
-        counters = ("tokens_seen", "steps", "rewalks", "theta_updates", "bar", "scale", "variance")
+        tensors |= {f"adam.{name}": moment for name, moment in self.moments.items()}
+        counters = ("tokens_seen", "steps", "rewalks", "theta_updates", "last", "scale", "variance")
         scalars = {name: getattr(self, name) for name in counters}
         if stream is not None:
             tensors |= {f"stream.{name}": tensor for name, tensor in stream.state_dict().items()}
@@ -1102,12 +1320,9 @@ class Trainer:
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         for name, value in json.loads(metadata["trainer"]).items():
-            setattr(self, name, value)
+            setattr(self, name, Step(*value) if name == "last" else value)
         self.sae.load_state_dict(parts["sae"])
-        for name, tensor in parts["adam"].items():
-            parameter, _, key = name.partition(".")
-            tensor = tensor if key == "step" else tensor.to(self.device)
-            self.optimizer.state[getattr(self.sae, parameter)][key] = tensor
+        self.moments = {name: tensor.to(self.device) for name, tensor in parts["adam"].items()}
         if stream is not None:
             if not parts["stream"]:
                 raise Unavailable(f"{str(path)!r} belongs to a run that is finished; there is nothing to resume")
@@ -1273,8 +1488,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
 def reconstruct_rows(sae: SAE, x: Tensor, selection: str) -> tuple[Tensor, Kept, Tensor]:
     """(x̂, its active entries, their number per row) of x [B, D], as SAE.forward gives it, from the active entries alone."""
     kept = encode_rows(sae, sae.standardize(x)[0], selection)
-    counts = torch.bincount(kept.row, minlength=len(x))
-    return sae.restore(decode_rows(sae, kept, starts_of(counts)), x), kept, counts
+    return sae.restore(decode_rows(sae, kept, len(x)) + sae.b_dec, x), kept, torch.bincount(kept.row, minlength=len(x))
 
 
 @torch.no_grad()
@@ -1427,3 +1641,134 @@ def export(sae: SAE, path: str | os.PathLike) -> float:
     finally:
         temporary.unlink(missing_ok=True)
     return difference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. GPU kernels, behind the functions of section 7: config.kernels = "triton"
+# ---------------------------------------------------------------------------------------------------------------------
+# One program per row of the result, so that nothing is added atomically and results repeat bit for bit. D is the width, D2
+# the next power of two, entries are as in Kept, starts as in group_starts. TRITON_INTERPRET=1 runs them on a CPU, slowly.
+
+tl: Any = None  # triton.language, once a kernel is used: importing this module needs torch alone
+
+
+@functools.cache
+def _jit(kernel: Callable) -> Any:
+    """The compiled kernel. Unavailable without Triton."""
+    global tl
+    try:
+        import triton
+    except ImportError as error:
+        raise Unavailable('kernels="triton" needs the package triton; install it, or use kernels="torch"') from error
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Unavailable('kernels="triton" needs a GPU, or TRITON_INTERPRET=1 to be run slowly on a CPU; use kernels="torch"')
+    tl = triton.language
+    return triton.jit(kernel)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _compact_kernel(z, above, index, count, n, width, stride_row, stride_column, room, SIZE: tl.constexpr):
+    """SIZE entries of z a program: those above go to the next free places of index, which one atomic addition reserves."""
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(z + place, mask=place < n, other=float("-inf")).to(tl.float32)
+    bar = tl.load(above + (place // width) * stride_row + (place % width) * stride_column, mask=place < n, other=0.0)
+    found = ((value > bar) & (place < n)).to(tl.int32)
+    first = tl.atomic_add(count, tl.sum(found, axis=0))
+    target = first + tl.cumsum(found, axis=0) - found
+    tl.store(index + target, place, mask=(found > 0) & (target < room))
+
+
+def triton_compact(z: Tensor, above: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """compact without waiting: (z > above).view(-1).nonzero_static(size=room), in any order, and (z > above).sum()."""
+    index = torch.full((room,), -1, dtype=torch.int64, device=z.device)
+    count = torch.zeros((), dtype=torch.int32, device=z.device)
+    size = 1024
+    _jit(_compact_kernel)[(-(-z.numel() // size),)](z, above, index, count, z.numel(), z.shape[1], above.stride(0),
+                                                    above.stride(1), room, SIZE=size)
+    return index, count
+
+
+def _decode_kernel(W, latent, value, starts, out, D: tl.constexpr, D2: tl.constexpr):
+    """out[r] = Σ_i value_i W[latent_i] over the entries of row r."""
+    r, d = tl.program_id(0).to(tl.int64), tl.arange(0, D2)
+    total = tl.zeros((D2,), tl.float32)
+    i, end = tl.load(starts + r), tl.load(starts + r + 1)
+    while i < end:
+        total += tl.load(value + i) * tl.load(W + tl.load(latent + i) * D + d, mask=d < D, other=0.0)
+        i += 1
+    tl.store(out + r * D + d, total, mask=d < D)
+
+
+def triton_decode(W: Tensor, latent: Tensor, value: Tensor, starts: Tensor) -> Tensor:
+    """sum_rows(W, latent, value, starts)."""
+    out = W.new_empty(len(starts) - 1, W.shape[1])
+    _jit(_decode_kernel)[(len(out),)](W, latent, value, starts, out, D=W.shape[1], D2=_power_of_two(W.shape[1]))
+    return out
+
+
+def _sampled_product_kernel(a, b, latent, starts, out, D: tl.constexpr, D2: tl.constexpr):
+    """out_i = a[r] · b[latent_i] for the entries of row r; a[r] is read once."""
+    r, d = tl.program_id(0).to(tl.int64), tl.arange(0, D2)
+    row = tl.load(a + r * D + d, mask=d < D, other=0.0)
+    i, end = tl.load(starts + r), tl.load(starts + r + 1)
+    while i < end:
+        tl.store(out + i, tl.sum(row * tl.load(b + tl.load(latent + i) * D + d, mask=d < D, other=0.0), axis=0))
+        i += 1
+
+
+def triton_sampled_product(a: Tensor, b: Tensor, latent: Tensor, starts: Tensor) -> Tensor:
+    """(a bᵀ)[row, latent] for entries sorted by row: sampled_product."""
+    out = a.new_empty(len(latent))
+    _jit(_sampled_product_kernel)[(len(a),)](a, b, latent, starts, out, D=a.shape[1], D2=_power_of_two(a.shape[1]))
+    return out
+
+
+def _weight_gradients_kernel(g, centred, row, value, d_value, starts, d_W_enc, d_W_dec, D: tl.constexpr, D2: tl.constexpr):
+    """Row j of both gradients, summed over the entries of latent j: one walk over them, no atomics."""
+    j, d = tl.program_id(0).to(tl.int64), tl.arange(0, D2)
+    encoder, decoder = tl.zeros((D2,), tl.float32), tl.zeros((D2,), tl.float32)
+    i, end = tl.load(starts + j), tl.load(starts + j + 1)
+    while i < end:
+        r = tl.load(row + i) * D
+        encoder += tl.load(d_value + i) * tl.load(centred + r + d, mask=d < D, other=0.0)
+        decoder += tl.load(value + i) * tl.load(g + r + d, mask=d < D, other=0.0)
+        i += 1
+    tl.store(d_W_enc + j * D + d, encoder, mask=d < D)
+    tl.store(d_W_dec + j * D + d, decoder, mask=d < D)
+
+
+def triton_weight_gradients(g: Tensor, centred: Tensor, row: Tensor, value: Tensor, d_value: Tensor,
+                            starts: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum_rows(centred, row, d_value, starts), sum_rows(g, row, value, starts)) for entries sorted by latent."""
+    d_W_enc, d_W_dec = (g.new_empty(len(starts) - 1, g.shape[1]) for _ in range(2))
+    _jit(_weight_gradients_kernel)[(len(d_W_enc),)](g, centred, row, value, d_value, starts, d_W_enc, d_W_dec,
+                                                    D=g.shape[1], D2=_power_of_two(g.shape[1]))
+    return d_W_enc, d_W_dec
+
+
+def _adam_kernel(W, gradient, first, second, lr, beta1, beta2, eps, correction1, correction2, UNIT: tl.constexpr,
+                 D: tl.constexpr, D2: tl.constexpr):
+    """Adam on row j; UNIT rows have the gradient along themselves removed before and unit norm restored after."""
+    d = tl.arange(0, D2)
+    at, inside = tl.program_id(0).to(tl.int64) * D + d, d < D
+    w, g = tl.load(W + at, mask=inside, other=0.0), tl.load(gradient + at, mask=inside, other=0.0)
+    if UNIT:
+        g -= w * tl.sum(g * w, axis=0)
+    m = beta1 * tl.load(first + at, mask=inside, other=0.0) + (1 - beta1) * g
+    v = beta2 * tl.load(second + at, mask=inside, other=0.0) + (1 - beta2) * g * g
+    w -= lr * (m / correction1) / (tl.sqrt(v / correction2) + eps)
+    if UNIT:
+        w /= tl.sqrt(tl.sum(w * w, axis=0))
+    tl.store(first + at, m, mask=inside)
+    tl.store(second + at, v, mask=inside)
+    tl.store(W + at, w, mask=inside)
+
+
+def triton_adam_(W: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, lr: float, betas: tuple[float, float],
+                 eps: float, unit: bool) -> None:
+    """Step number `step` (from 1) of Adam on W [F, D], with unit=True between projecting the gradient and renormalising."""
+    _jit(_adam_kernel)[(len(W),)](W, gradient, first, second, lr, *betas, eps, 1 - betas[0] ** step, 1 - betas[1] ** step,
+                                  UNIT=unit, D=W.shape[1], D2=_power_of_two(W.shape[1]))

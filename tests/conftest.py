@@ -1,7 +1,10 @@
 """Shared by all tests: the module on the path, planted data, the embedded language model, small settings."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU
 
 import pytest
 import torch

@@ -157,7 +157,7 @@ def test_loading_something_else_names_it(tmp_path, planted_sae):
 @pytest.mark.parametrize("changes, said", [
     (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk"), (dict(normalize="x"), "scale, token, none"), (dict(k=0.01), "no entry"),
     (dict(warmup=0.8), "at most 1"), (dict(lr=math.nan), "lr"), (dict(tokens=0), "tokens"), (dict(batch_size=2.5), "whole"),
-    (dict(activation="topk", k=2.5), "whole number")])
+    (dict(activation="topk", k=2.5), "whole number"), (dict(kernels="triton", step="plain"), "sparse")])
 def test_config_refuses_what_cannot_work_and_says_what_would(changes, said):
     with pytest.raises(bt.InputError, match=said):
         config(**changes)
@@ -220,88 +220,209 @@ def few_positives(sae, x):
     return x
 
 
-def all_dead(sae, x):
-    sae.tokens_since_fired.fill_(10**6)
-    return x
-
-
 def some_dead(sae, x):
-    sae.tokens_since_fired[::3] = 10**6
     with torch.no_grad():
         sae.b_enc[::3] = -9.0  # so that none of them fires: their pre-activations are all negative
+    return some_reviving(sae, x)
+
+
+def some_reviving(sae, x):
+    sae.tokens_since_fired[::3] = 10**6
     return x
 
 
 CASES = {"generic": lambda sae, x: x, "ties": tied, "all-negative rows": all_negative_rows, "fewer positives than N": few_positives,
-         "some dead": some_dead, "one row": lambda sae, x: x[:1], "three rows": lambda sae, x: x[:3]}
+         "some dead": some_dead, "dead that fire again": some_reviving, "one row": lambda sae, x: x[:1], "three rows": lambda sae, x: x[:3]}
+
+
+def gradients(sae, x, last=None):
+    """What the step of the SAE's config says and the gradients it gives, whole or in slices of 7 latents."""
+    step, g = bt.plain_gradients(sae, x) if sae.config.step == "plain" else bt.sparse_gradients(sae, x, last)
+    size = len(sae.b_enc) if bt.runs_ahead(sae.config, x.device) else 7
+    d_W_enc, d_W_dec = zip(*(g.rows(slice(i, min(i + size, len(sae.b_enc)))) for i in range(0, len(sae.b_enc), size)))
+    return step, {"W_enc": torch.cat(d_W_enc), "W_dec": torch.cat(d_W_dec), "b_enc": g.b_enc, "b_dec": g.b_dec}
+
+
+STEPS = {
+    "plain": dict(step="plain"), "sparse": dict(), "bfloat16 nominates": dict(encoder_dtype="bfloat16"),
+    "as on a GPU": dict(), "triton": dict(kernels="triton"), "triton, bfloat16 nominates": dict(kernels="triton", encoder_dtype="bfloat16"),
+}
 
 
 # torch.topk leaves open which of two equal latents a row keeps, so per-token TopK has no case of ties
 @pytest.mark.parametrize("case, activation", [(c, a) for c in CASES for a in ("batchtopk", "topk") if (c, a) != ("ties", "topk")])
 @pytest.mark.parametrize("chunk", [1 << 20, 16 * 7])  # 7 latents at a time: 40 is no multiple
-@pytest.mark.parametrize("step", ["plain", "sparse"])
+@pytest.mark.parametrize("step", STEPS)
 def test_loss_and_gradients_are_the_papers(step, case, chunk, activation, monkeypatch):
-    monkeypatch.setattr(bt, "CHUNK_ENTRIES", chunk)
-    cfg = config(step=step, aux_k=5, activation=activation)
+    monkeypatch.setattr(bt, "CHUNK_ENTRIES", {"cpu": chunk, "cuda": chunk})
+    monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
+    if step == "as on a GPU":
+        monkeypatch.setattr(bt, "runs_ahead", lambda cfg, device: True)
+    cfg = config(aux_k=5, activation=activation, **STEPS[step])
     sae = random_sae(cfg)
     x = CASES[case](sae, randn(16, 12, seed=1))
-    dead = [] if case != "some dead" else list(range(0, 40, 3))
-    mse, aux, gradients = oracle(sae, x, dead, cfg)
-    result = bt.plain_gradients(sae, x) if step == "plain" else bt.sparse_gradients(sae, x, None)[0]
-    assert float(result.mse) == pytest.approx(mse, rel=1e-5) and float(result.aux) == pytest.approx(aux, rel=1e-5)
-    assert result.n_dead == len(dead)
-    for name, expected in gradients.items():
-        difference = (getattr(sae, name).grad.double() - expected).norm() / expected.norm().clamp_min(1e-12)
+    dead = list(range(0, 40, 3)) if "dead" in case else []
+    mse, aux, expected = oracle(sae, x, dead, cfg)
+    result, found = gradients(sae, x)
+    assert result.mse == pytest.approx(mse, rel=1e-5) and result.aux == pytest.approx(aux, rel=1e-5)
+    assert result.n_dead == int((sae.tokens_since_fired >= cfg.dead_tokens).sum())
+    assert result.n_dead == len(dead) if case != "dead that fire again" else 0 < result.n_dead < len(dead)
+    for name, tensor in expected.items():
+        difference = (found[name].double() - tensor).norm() / tensor.norm().clamp_min(1e-12)
         assert difference < 1e-5, f"{name}: relative difference {difference:.2e}"
 
 
 @pytest.mark.parametrize("step", ["plain", "sparse"])
 def test_the_auxiliary_loss_moves_dead_rows_and_no_live_one(step):
     """Bugs elsewhere: a residual that is not detached pulls live latents; post-ReLU values give silent latents nothing."""
-    grads = {}
+    found = {}
     for coefficient in (0.0, 1 / 32):
-        cfg = config(step=step, aux_coef=coefficient)
-        sae = random_sae(cfg)
-        x = some_dead(sae, randn(16, 12, seed=1))
-        bt.plain_gradients(sae, x) if step == "plain" else bt.sparse_gradients(sae, x, None)
-        grads[coefficient] = {n: p.grad.clone() for n, p in sae.named_parameters()}
+        sae = random_sae(config(step=step, aux_coef=coefficient))
+        found[coefficient] = gradients(sae, some_dead(sae, randn(16, 12, seed=1)))[1]
     dead = torch.arange(40) % 3 == 0
     for name in ("W_enc", "W_dec", "b_enc"):
-        without, with_aux = grads[0.0][name], grads[1 / 32][name]
+        without, with_aux = found[0.0][name], found[1 / 32][name]
         assert torch.equal(without[~dead], with_aux[~dead]), name
         assert (without[dead] == 0).all() and (with_aux[dead].view(int(dead.sum()), -1).norm(dim=1) > 0).all(), name
 
 
+def test_the_auxiliary_loss_reads_fewer_tokens_the_more_latents_are_dead(monkeypatch):
+    sae, x = random_sae(config(aux_k=5)), randn(16, 12, seed=1)
+    rows = sae.W_enc[::3], sae.b_enc[::3], sae.W_dec[::3], sae.b_dec  # 14 of 40
+    monkeypatch.setattr(bt, "AUX_SHARE", 1 / 8)  # 80 of 640 entries: five tokens' worth
+    bounded = bt.auxiliary_loss(x, 2 * x, *rows, sae.config)
+    monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
+    torch.testing.assert_close(bounded, bt.auxiliary_loss(x[:5], 2 * x[:5], *rows, sae.config))
+    assert bounded != bt.auxiliary_loss(x, 2 * x, *rows, sae.config)
+
+
+def dense(kept, *shape):
+    f = torch.zeros(*shape)
+    f[kept.row, kept.latent] = kept.value
+    return f
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "plain"])
 @pytest.mark.parametrize("bar", [1e6, 4.0, 1.0, 0.0])
-def test_the_kept_set_is_exact_wherever_the_bar_was(bar):
-    sae, x = random_sae(config()), randn(16, 12, seed=1)
-    kept = bt.encode_rows(sae, x, bar=bar)
-    dense = torch.zeros(16, 40)
-    dense[kept.row, kept.latent] = kept.value
-    torch.testing.assert_close(dense, sae.encode(x, "batch").detach(), atol=1e-6, rtol=1e-6)
-    assert (dense > 0).sum() == 48 and (kept.walks > 1) == (bar > 3.5), f"{kept.walks} walks from a bar of {bar}"
+def test_gradients_are_exact_wherever_the_bar_was(bar, step, monkeypatch):
+    """From a bar that is too high the candidates fall short, and the walk is repeated until they do not."""
+    if step == "as on a GPU":
+        monkeypatch.setattr(bt, "runs_ahead", lambda cfg, device: True)
+    sae, x = random_sae(config(**STEPS[step])), randn(16, 12, seed=1)
+    last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=bar, bar=bar, walks=1)
+    result, found = gradients(sae, x, last)
+    mse, _, expected = oracle(sae, x, [], sae.config)
+    assert result.mse == pytest.approx(mse, rel=1e-5) and result.n_kept == 48
+    assert (found["W_dec"].double() - expected["W_dec"]).norm() < 1e-5 * expected["W_dec"].norm()
+    # bars of 0 and 1 are too low for the room on a GPU: 48 of 640 entries are wanted, 96 have room, more lie above
+    assert (result.walks > 1) == (bar > 3.5 or bt.runs_ahead(sae.config, x.device)), f"{result.walks} walks from {bar}"
+
+
+def test_what_rounding_could_have_hidden_below_the_bar_is_walked_again():
+    sae, x = random_sae(config(encoder_dtype="bfloat16")), randn(16, 12, seed=1)
+    threshold = bt.sparse_gradients(sae, x)[0].threshold
+    for bar, walks in ((0.999 * threshold, 2), (0.95 * threshold, 1)):
+        last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=threshold, bar=bar, walks=1)
+        assert bt.sparse_gradients(sae, x, last)[0].walks == walks
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+def test_a_step_on_a_gpu_waits_for_it_once(activation, monkeypatch):
+    """No operation whose result's shape or value the host must know, and one transfer of all the numbers."""
+    waits, seen = {"nonzero", "_local_scalar_dense", "bincount", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}, []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+            if name in waits or by_mask or name == "repeat_interleave" and "output_size" not in (kwargs or {}):
+                seen.append(name)
+            return func(*args, **(kwargs or {}))
+
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (seen.append("tolist"), tolist(t))[1])
+    monkeypatch.setattr(bt, "runs_ahead", lambda cfg, device: True)
+    trainer = bt.Trainer(config(d_model=12, n_latents=400, batch_size=64, activation=activation, dead_tokens=128))
+    x = randn(64, 12)
+    stats = [trainer.step(x) for _ in range(5)]
+    assert stats[-1].dead, "the step should have met dead latents"
+    seen.clear()
+    with Watch():
+        stats = trainer.step(x)
+    assert stats.walks == 1 and seen == ["tolist"], seen
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk"])
 @pytest.mark.parametrize("selection", ["batch", "theta"])
 def test_entries_found_by_walking_are_those_of_encode(selection, activation, monkeypatch):
-    monkeypatch.setattr(bt, "CHUNK_ENTRIES", 16 * 7)
+    monkeypatch.setattr(bt, "CHUNK_ENTRIES", {"cpu": 16 * 7})
     sae, x = random_sae(config(activation=activation)), randn(16, 12, seed=1)
     sae.theta.fill_(1.5)
-    kept, dense = bt.encode_rows(sae, x, selection), torch.zeros(16, 40)
-    dense[kept.row, kept.latent] = kept.value
-    torch.testing.assert_close(dense, sae.encode(x, selection).detach(), atol=1e-6, rtol=1e-6)
-    assert torch.equal(kept.row * 40 + kept.latent, dense.flatten().nonzero().squeeze(1)), "by row, then latent"
+    kept, f = bt.encode_rows(sae, x, selection), sae.encode(x, selection).detach()
+    torch.testing.assert_close(dense(kept, 16, 40), f, atol=1e-6, rtol=1e-6)
+    assert torch.equal(kept.row * 40 + kept.latent, f.flatten().nonzero().squeeze(1)), "by row, then latent"
+    (row, latent), value = sae.encode_sparse(x.view(4, 4, 12), selection)
+    assert torch.equal(torch.stack([row, latent]), f.nonzero().T) and torch.equal(value, kept.value)
+
+
+def test_large_inputs_are_encoded_a_part_at_a_time():
+    sae, x = random_sae(config()), randn(9000, 12, seed=1)
+    sae.theta.fill_(1.5)
+    (row, latent), value = sae.encode_sparse(x)
+    f = sae.encode(x).detach()
+    assert torch.equal(torch.stack([row, latent]), f.nonzero().T)
+    torch.testing.assert_close(value, f[row, latent], atol=1e-6, rtol=1e-6)
+    assert sae.encode_sparse(x[:0])[0].shape == (2, 0)
+
+
+def test_no_tensor_of_a_step_has_batch_times_latents_entries(planted):
+    """Nor does the first step have one, which has no bar to start from, nor evaluation."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for t in result if isinstance(result, (tuple, list)) else [result]:
+                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) and t.layout == torch.strided else 0)
+            return result
+
+    trainer = bt.Trainer(config(d_model=48, n_latents=4096, batch_size=4096, tokens=10**6))
+    with Watch():
+        for i in range(2):
+            trainer.step(planted.batch(4096, i))
+        bt.calibrate(trainer.sae, [planted.batch(4096, 2)])
+        bt.evaluate(trainer.sae, [planted.batch(4096, 3)])
+    assert max(bt.CHUNK_ENTRIES["cpu"], 4096 * 96) <= largest < 4096 * 4096 / 3, largest
 
 
 def test_counters_say_how_many_tokens_a_latent_was_silent():
     sae = random_sae(config())
     fired = torch.arange(40) % 2 == 0
     for expected in (100, 200):
-        dead = bt.count_dead_(sae, fired, 100)
-        assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, expected)) and len(dead) == 0
+        sae.tokens_since_fired.copy_(bt.silence(sae, fired, 100))
+        assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, expected)) and not bt.is_dead(sae, sae.tokens_since_fired).any()
     sae.tokens_since_fired[1] = sae.config.dead_tokens - 100
-    assert bt.count_dead_(sae, fired, 100).tolist() == [1], "dead at dead_tokens, not only beyond"
+    dead = bt.is_dead(sae, bt.silence(sae, fired, 100))
+    assert dead.nonzero().tolist() == [[1]], "dead at dead_tokens, not only beyond"
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 20, 35, 60])
+def test_the_largest_are_those_of_a_stable_sort(n):
+    values = torch.randint(0, 5, (60,), generator=torch.Generator().manual_seed(n)).float()
+    expected = values.argsort(descending=True, stable=True)[:n].sort().values
+    assert torch.equal(bt.largest(values, n), expected)
+
+
+def test_the_largest_of_each_row_are_those_of_a_stable_sort():
+    values, row = torch.randint(0, 5, (60,), generator=torch.Generator().manual_seed(0)).float(), torch.randint(0, 9, (60,)).sort().values
+    row[row == 4] = 5  # a row without any
+    expected = []
+    for r in range(9):
+        mine = (row == r).nonzero().squeeze(1)
+        best = mine[values[mine].argsort(descending=True, stable=True)[:6]].sort().values.tolist()
+        expected += best + [60] * (6 - len(best))
+    assert bt.row_largest(row, values, 9, 6).tolist() == expected
 
 
 # θ
@@ -361,24 +482,49 @@ def test_saved_decoder_rows_have_unit_norm(planted_sae):
     assert (planted_sae.W_dec.double().norm(dim=1) - 1).abs().max() < 1e-6
 
 
-def test_the_decoder_gradient_has_no_component_along_its_rows(planted):
-    trainer = bt.Trainer(config(d_model=48))
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_the_decoder_gradient_has_no_component_along_its_rows(planted, kernels):
+    trainer = bt.Trainer(config(d_model=48, beta1=0.0, kernels=kernels))  # so that the first moment is the gradient Adam was given
     trainer.step(planted.batch(16, 0))
-    trainer.cfg = config(d_model=48, lr=0)  # so that rows stay where they were when the gradient was projected
+    rows = trainer.sae.W_dec.detach().clone()
     trainer.step(planted.batch(16, 1))
-    along = (trainer.sae.W_dec.grad * trainer.sae.W_dec).sum(1).abs()
-    assert along.max() < 1e-4 * trainer.sae.W_dec.grad.norm(dim=1).max()
+    gradient = trainer.moments["W_dec.exp_avg"]
+    assert gradient.norm() > 0 and (gradient * rows).sum(1).abs().max() < 1e-5 * gradient.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("rows, kernels", [(1, "torch"), (7, "torch"), (40, "torch"), (40, "triton")])
+def test_updating_some_rows_at_a_time_is_adam_on_all(rows, kernels, monkeypatch):
+    """Against torch.optim.Adam on whole parameters; biases and ε in units of inputs scaled by s = 2.5."""
+    monkeypatch.setattr(bt, "UPDATE_ENTRIES", 12 * rows)
+    trainer, twin = bt.Trainer(config(kernels=kernels)), bt.SAE(config())
+    trainer.scale = 2.5
+    optimizer = torch.optim.Adam([{"params": [twin.W_enc, twin.W_dec], "eps": 1e-8 / 2.5**2}, {"params": [twin.b_enc, twin.b_dec], "eps": 1e-8 / 2.5}],
+                                 betas=(0.9, 0.99))
+    for step in range(5):
+        g = {name: randn(*parameter.shape, seed=10 * step + i) for i, (name, parameter) in enumerate(twin.named_parameters())}
+        trainer.update_parameters_(bt.Gradients(g["b_enc"], g["b_dec"], lambda part: (g["W_enc"][part].clone(), g["W_dec"][part].clone())), 1e-2)
+        trainer.steps += 1
+        for name, parameter in twin.named_parameters():
+            parameter.grad = g[name]
+        twin.W_dec.grad -= (twin.W_dec.grad * twin.W_dec).sum(1, keepdim=True) * twin.W_dec.detach()
+        for group, unit in zip(optimizer.param_groups, (1.0, 2.5)):
+            group["lr"] = 1e-2 / unit
+        optimizer.step()
+        twin.W_dec.data /= twin.W_dec.data.norm(dim=1, keepdim=True)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(getattr(trainer.sae, name), parameter, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk"])
-def test_the_sparse_step_trains_like_the_plain_one(planted, activation):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sparse_step_trains_like_the_plain_one(planted, activation, dtype):
     """Floating-point orders differ, so the runs drift apart slowly; after 40 steps they still agree to a thousandth."""
-    stats = {}
+    stats, common = {}, dict(d_model=48, n_latents=400, batch_size=128, tokens=128 * 40, dead_tokens=256, activation=activation)
     for step in ("plain", "sparse"):
-        trainer = bt.Trainer(config(d_model=48, n_latents=400, step=step, batch_size=128, tokens=128 * 40, dead_tokens=256, activation=activation))
+        trainer = bt.Trainer(config(step=step, encoder_dtype=dtype, **common))
         stats[step] = [trainer.step(planted.batch(128, i)) for i in range(40)]
     for plain, sparse in zip(stats["plain"], stats["sparse"]):
-        assert sparse.loss == pytest.approx(plain.loss, rel=1e-3) and sparse.l0 == plain.l0 and abs(sparse.dead - plain.dead) <= 1
+        assert sparse.walks <= 2 and sparse.loss == pytest.approx(plain.loss, rel=1e-3) and sparse.l0 == plain.l0 and abs(sparse.dead - plain.dead) <= 1
     assert any(s.dead for s in stats["plain"]), "the comparison should have met dead latents"
 
 
