@@ -214,7 +214,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
     last = values.topk(n, sorted=False).values.min() if n else values.new_tensor(math.inf)
     candidates = (values >= last).nonzero().squeeze(1)  # n, and more where several tie for the last place
     kept = candidates[largest(values[candidates], n)]
-    return torch.zeros_like(flat).scatter(0, kept, flat[kept].relu()).view_as(z)
+    return torch.zeros_like(flat).scatter_(0, kept, flat[kept].relu()).view_as(z)
 
 
 def largest(values: Tensor, n: int) -> Tensor:
@@ -588,20 +588,22 @@ def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> 
     A kept entry i has row r_i, latent l_i, value v_i. sum_rows adds up weighted rows of a matrix by ragged groups: by row
     it decodes, by latent it forms both weight gradients. sampled_product computes a product at the kept places alone.
     """
-    cfg, residual = sae.config, centred - decode_rows(sae, kept, len(x))  # x - x̂
+    cfg, x_hat = sae.config, decode_rows(sae, kept, len(x))  # less b_dec, as is centred
+    residual = torch.sub(centred, x_hat, out=x_hat)
     mse, aux, d_dead = residual.square().sum(1).mean(), x.new_zeros(()), None
-    g = residual * (-2 / len(x))  # ∂mse/∂X̂
-    d_value = sampled_product(g, sae.W_dec, kept, cfg.kernels) * (kept.value > 0)  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
-    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, d_value)  # Σ over tokens of ∂mse/∂f
-    d_b_dec = g.sum(0) - d_b_enc @ sae.W_enc  # decoder's share, encoder's share: a vector times a matrix
     if len(dead) and cfg.aux_k:
         with torch.enable_grad():
             rows = [t.detach().requires_grad_() for t in (sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec)]
             aux = auxiliary_loss(x, residual, *rows, cfg)
             d_W_enc, d_b_enc_dead, d_W_dec, d_b_dec_dead = torch.autograd.grad(cfg.aux_coef * aux, rows)
+            d_dead = dead, d_W_enc, d_W_dec
+    g = residual.mul_(-2 / len(x))  # ∂mse/∂X̂
+    d_value = sampled_product(g, sae.W_dec, kept, cfg.kernels) * (kept.value > 0)  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
+    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, d_value)  # Σ over tokens of ∂mse/∂f
+    d_b_dec = g.sum(0) - d_b_enc @ sae.W_enc  # decoder's share, encoder's share: a vector times a matrix
+    if d_dead:
         d_b_enc.index_add_(0, dead, d_b_enc_dead)
         d_b_dec += d_b_dec_dead
-        d_dead = dead, d_W_enc, d_W_dec
     order = kept.latent.argsort(stable=True)
     entries = Kept(kept.row[order], kept.latent[order], kept.value[order])
     weights = weight_gradients(sae, entries, d_value[order], g, centred, d_dead)
@@ -746,7 +748,7 @@ def row_largest(row: Tensor, value: Tensor, n_rows: int, k: int) -> Tensor:
     return torch.where(place < starts[1:, None], order[place.clamp(max=end)], end).sort(dim=1).values.flatten()
 
 
-CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time: 16 MiB stay in a CPU's last cache
+CHUNK_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 24}  # pre-activations held at a time: 8 MiB stay in a CPU's last cache
 
 
 def walk(sae: SAE, centred: Tensor, bar: float | Tensor, dtype: torch.dtype = torch.float32,
@@ -762,7 +764,7 @@ def walk(sae: SAE, centred: Tensor, bar: float | Tensor, dtype: torch.dtype = to
     """
     n_rows, n_latents, device = len(centred), len(sae.b_enc), centred.device
     columns = operand(centred, dtype).T
-    chunk = min(n_latents, max(1, CHUNK_ENTRIES[device.type] // max(1, n_rows)))
+    chunk = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[device.type] // max(1, n_rows)))
     scratch = torch.empty(chunk, n_rows, dtype=columns.dtype, device=device)
     indices, values, found = [], [], torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, n_latents, chunk):

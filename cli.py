@@ -3,6 +3,7 @@
     python cli.py train                      # a BatchTopK SAE on the embedded GPT-2, in about a minute
     python cli.py eval runs/tiny             # its metrics on held-out text
     python cli.py export runs/tiny           # a TorchScript encoder that depends on no batch
+    python cli.py bench                      # how fast a training step is on this machine, and why
 
 Results go to stdout, progress to stderr; --json prints one JSON object on stdout and nothing else there. A mistake ends
 in one line and exit code 2 (usage) or 1 (anything else).
@@ -10,25 +11,34 @@ in one line and exit code 2 (usage) or 1 (anything else).
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import logging
 import os
+import platform
 import signal
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
 
+import torch
+import torch.nn.functional as functional
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch.optim.adam import adam
 
 import batchtopk as bt
 
-app = typer.Typer(help="BatchTopK sparse autoencoders: train, evaluate, export.", no_args_is_help=True,
+app = typer.Typer(help="BatchTopK sparse autoencoders: train, evaluate, export, measure.", no_args_is_help=True,
                   pretty_exceptions_show_locals=False, add_completion=False)
 out, err = Console(), Console(stderr=True)
 
@@ -175,6 +185,229 @@ def export(
     else:
         out.print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB). Loaded again and compared with the SAE on 256 "
                   f"rows: largest difference {difference:g}.", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: python cli.py bench --d-model 768 --n-latents 6144 --batch-size 1024")
+@one_line_errors
+def bench(
+    d_model: Annotated[int, typer.Option(help="D, width of the activations.", min=1)] = 768,
+    n_latents: Annotated[int, typer.Option(help="F, number of latents.", min=1)] = 24576,
+    batch_size: Annotated[int, typer.Option(help="B, tokens in a batch.", min=1)] = 4096,
+    k: Annotated[float, typer.Option(help="Average active latents per token.", min=0)] = bt.Config.k,
+    device: Device = bt.Config.device,
+    repeat: Annotated[int, typer.Option(help="How often each is measured, all in turn.", min=2)] = 5,
+    figure: Annotated[Optional[Path], typer.Option(help="Draw what each idea saves into this PNG.", show_default="none")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the training step beside the encoder product alone and the plain step, on synthetic sparse activations."""
+    cfg = bt.Config(d_model=d_model, n_latents=n_latents, batch_size=batch_size, k=k, tokens=10**12, dead_tokens=10**12,
+                    device=str(bt.resolve_device(device)), encoder_dtype="float32")
+    with err.status("measuring") as status:
+        result = measure(cfg, repeat, lambda what: status.update(f"measuring: {what}"))
+    if figure:
+        draw_savings(result, figure)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_measurements(result)
+
+
+def measure(cfg: bt.Config, repeat: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """What bench prints: seconds as [lower quartile, median, upper quartile], bytes, ratios of medians.
+
+    The floor is the encoder product and, at the bandwidth of a large copy, 48·F·D bytes (both weights and their two
+    moments, read and written) and 16·N·D (a row for each kept entry in decoding, its gradient and both weight gradients).
+    """
+    device, n, generator = torch.device(cfg.device), cfg.n_kept(cfg.batch_size), torch.Generator().manual_seed(0)
+    directions = functional.normalize(torch.randn(4096, cfg.d_model, generator=generator), dim=1)
+    batches = []
+    for _ in range(3):  # each token is a sum of about 40 of 4096 directions
+        size = torch.rand(cfg.batch_size, 4096, generator=generator)
+        batches.append(((torch.rand(size.shape, generator=generator) < 40 / 4096) * size @ directions).to(device))
+    kinds = {"step, float32": {}, "TopK step, float32": dict(activation="topk"), "plain step, float32": dict(step="plain")}
+    if bt.multiplies_bfloat16(device):
+        kinds["step, bfloat16"] = dict(encoder_dtype="bfloat16")
+    if device.type == "cuda":
+        kinds |= {f"step, {dtype}, triton": dict(kernels="triton", encoder_dtype=dtype) for dtype in ("float32", "bfloat16")}
+    if cfg.k != int(cfg.k):
+        del kinds["TopK step, float32"]
+    trainers = {name: bt.Trainer(dataclasses.replace(cfg, **changes)) for name, changes in kinds.items()}
+    endless = itertools.cycle(batches)
+    runs: dict[str, Callable[[], Any]] = {name: lambda t=trainer: t.step(next(endless)) for name, trainer in trainers.items()}
+    memory = {}
+    for name, run in runs.items():
+        progress(f"memory, {name}")
+        run()  # so that the first moments and the bar are there
+        memory[name] = peak_memory(run, device)
+    one, z = trainers["step, float32"], torch.empty(cfg.batch_size, cfg.n_latents, device=device)
+    W_enc, copies = one.sae.W_enc.detach(), [torch.ones(1 << 26, device=device) for _ in range(2)]
+    runs["encoder product, float32"] = lambda: torch.mm(batches[0], W_enc.T, out=z)
+    runs["copy"] = lambda: copies[0].copy_(copies[1])
+    if bt.multiplies_bfloat16(device):
+        half, factors = z.bfloat16(), (batches[0].bfloat16(), W_enc.bfloat16().T)
+        runs["encoder product, bfloat16"] = lambda: torch.mm(*factors, out=half)
+    pairs = phases(one, batches[0], z)
+    runs |= {(side, name): run for name, pair in pairs.items() for side, run in zip(("dense", "sparse"), pair)}
+    samples: dict[Any, list[float]] = {name: [] for name in runs}
+    for i in range(repeat):
+        for name, run in runs.items():
+            progress(f"{' '.join(name) if isinstance(name, tuple) else name}, {i + 1} of {repeat}")
+            if name[0] != "dense" and name != "plain step, float32":
+                run()  # after the dense ones, whose matrices swept the caches
+            samples[name].append(seconds(run, device))
+    quartiles = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
+    bandwidth = 2 * copies[0].nbytes / quartiles.pop("copy")[1]
+    bytes_moved = 48 * cfg.n_latents * cfg.d_model + 16 * n * cfg.d_model
+    result: dict[str, Any] = {
+        "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "repeat": repeat,
+        "d_model": cfg.d_model, "n_latents": cfg.n_latents, "batch_size": cfg.batch_size, "k": cfg.k,
+        "seconds": {name: q for name, q in quartiles.items() if isinstance(name, str)},
+        "phases": {name: {side: quartiles[side, name] for side in ("dense", "sparse")} for name in pairs},
+        "peak_bytes": memory, "matrix_bytes": z.nbytes, "copy_bytes_per_second": bandwidth,
+        "rewalks": sum(trainer.rewalks for trainer in trainers.values())}
+    for dtype in ("float32", "bfloat16"):
+        if f"step, {dtype}" in kinds:
+            product = result["seconds"][f"encoder product, {dtype}"][1]
+            step, plain = (result["seconds"][name][1] for name in (f"step, {dtype}", "plain step, float32"))
+            floor = product + bytes_moved / bandwidth
+            result[dtype] = {"flops": 2 * z.numel() * cfg.d_model / product, "floor_seconds": floor, "step/product": step / product,
+                             "step/floor": step / floor, "plain/step": plain / step}
+    return result
+
+
+@torch.no_grad()
+def phases(trainer: bt.Trainer, x: torch.Tensor, z: torch.Tensor) -> dict[str, tuple[Callable, Callable]]:
+    """The parts of a step on x [B, D] as they are in a dense step and as they are in ours; z [B, F] is scratch."""
+    sae, bar, n = trainer.sae, trainer.last.bar, trainer.cfg.n_kept(len(x))
+    W_enc, b_enc, W_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach()
+    centred, f = x - sae.b_dec, sae.encode(x, "batch")
+    kept = bt.encode_rows(sae, x)
+    _, _, value, _ = bt.walk(sae, centred, bar)
+    g = (bt.decode_rows(sae, kept, len(x)) - centred) * (2 / len(x))
+    gradients = bt.backward(sae, x, centred, kept, torch.empty(0, dtype=torch.int64, device=x.device))[2]
+    first, second = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+
+    def dense_update() -> None:
+        for W, gradient in ((W_enc, f.T @ centred), (W_dec, f.T @ g)):
+            gradient.addcmul_(W, (gradient * W).sum(1, keepdim=True), value=-1)
+            adam([W], [gradient], [first], [second], [], [torch.zeros((), device=x.device)], fused=True, amsgrad=False, beta1=0.9,
+                 beta2=0.99, lr=0.0, weight_decay=0.0, eps=1e-8, maximize=False)
+        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+
+    pairs = {
+        "pre-activations": (lambda: torch.addmm(b_enc, centred, W_enc.T, out=z).relu_(), lambda: bt.walk(sae, centred, bar)),
+        "selection": (lambda: z.view(-1).topk(n), lambda: bt.largest(value, n)),
+        "decoding": (lambda: f @ W_dec, lambda: bt.decode_rows(sae, kept, len(x))),
+        "gradient of kept values": (lambda: g @ W_dec.T, lambda: bt.sampled_product(g, W_dec, kept, "torch")),
+        "gradient of b_dec": (lambda: (f @ W_enc).sum(0), lambda: b_enc @ W_enc),
+        "weight gradients and update": (dense_update, lambda: trainer.update_parameters_(gradients, 0.0)),
+    }
+    return {name: (torch.no_grad()(dense), torch.no_grad()(sparse)) for name, (dense, sparse) in pairs.items()}
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, on the device too."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call needs at its peak beside those in use before it; None where neither CUDA nor Linux tells."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back first, or it would not be counted
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+        before = resident("VmRSS")
+        run()
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def resident(field: str) -> int:
+    """Bytes that /proc/self/status gives for a field."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def show_measurements(result: dict[str, Any]) -> None:
+    """What bench measured, as two tables and a line."""
+    product = result["seconds"]["encoder product, float32"][1]
+    out.print(f"D {result['d_model']}, F {result['n_latents']}, B {result['batch_size']}, k {result['k']:g}; {result['device']}, "
+              f"{result['threads']} threads, torch {result['torch']}; {result['repeat']} measurements in turn", highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE)
+    for name in ("", "ms", "quartiles", "× product", "tokens/s", "MiB", "of BF"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, (low, middle, high) in sorted(result["seconds"].items(), key=lambda item: item[1][1]):
+        peak = result["peak_bytes"].get(name)
+        memory = (f"{peak / 2**20:.0f}", f"{peak / result['matrix_bytes']:.0%}") if peak is not None else ("", "")
+        table.add_row(name.replace(", float32", ""), f"{1e3 * middle:.1f}", f"{1e3 * low:.0f}-{1e3 * high:.0f}", f"{middle / product:.2f}",
+                      f"{result['batch_size'] / middle:,.0f}", *memory)
+    out.print(table)
+    out.print("float32 unless said. MiB: resident at the peak beside weights and moments, and of one matrix B × F.\n\nParts of a step as "
+              "they are with dense matrices and as they are here, ms:", highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE)
+    for name in ("", "dense", "here", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, sides in result["phases"].items():
+        dense, sparse = (sides[side][1] for side in ("dense", "sparse"))
+        table.add_row(name, f"{1e3 * dense:.1f}", f"{1e3 * sparse:.1f}", f"{dense / sparse:.1f}")
+    out.print(table)
+    for dtype in ("float32", "bfloat16"):
+        if r := result.get(dtype):
+            out.print(f"{dtype}: the step takes {r['step/product']:.2f} × the encoder product ({r['flops'] / 1e9:,.0f} GFLOP/s), {r['step/floor']:.2f} "
+                      f"× the floor of product and memory traffic (copies run at {result['copy_bytes_per_second'] / 1e9:.1f} GB/s); the plain "
+                      f"step takes {r['plain/step']:.1f} × as long.", highlight=False, soft_wrap=True)
+
+
+def draw_savings(result: dict[str, Any], path: Path) -> None:
+    """A waterfall from the plain step to ours: what each idea saves."""
+    from matplotlib.figure import Figure
+
+    ideas = {"selection": "top-k of candidates,\nnot of B·F entries", "decoding": "decode kept\nentries alone",
+             "gradient of kept values": "gradient at kept\nentries alone", "gradient of b_dec": "b_dec: vector ×\nmatrix, no product",
+             "weight gradients and update": "weight gradients from\nkept entries, updated\nin cache"}
+    step, plain = (result["seconds"][name][1] for name in ("step, float32", "plain step, float32"))
+    saved = {label: result["phases"][name]["dense"][1] - result["phases"][name]["sparse"][1] for name, label in ideas.items()}
+    saved["no B × F tensors\nfor autograd"] = plain - step - sum(saved.values())
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes, height = figure.subplots(), plain
+    axes.bar(0, plain, color="#4c4c4c")
+    axes.annotate(f"{plain:.2f} s", (0, plain), ha="center", va="bottom")
+    for i, amount in enumerate(saved.values(), 1):
+        axes.bar(i, amount, bottom=height - amount, color="#7fb2d9")
+        axes.annotate(f"-{amount:.2f}", (i, height), ha="center", va="bottom")
+        height -= amount
+    axes.bar(len(saved) + 1, step, color="#08519c")
+    axes.annotate(f"{step:.2f} s", (len(saved) + 1, step), ha="center", va="bottom")
+    product = result["seconds"]["encoder product, float32"][1]
+    axes.axhline(product, color="black", linestyle="--", linewidth=1)
+    axes.annotate(f"encoder product alone: {product:.2f} s", (0.5, product), va="bottom")
+    axes.set_xticks(range(len(saved) + 2), ["plain step\n(autograd)", *saved, "sparse step"], fontsize=8)
+    axes.set_ylabel("seconds a step, float32")
+    axes.set_title(f"Only the encoder product has to be dense: {plain / step:.0f} × faster at D {result['d_model']}, F {result['n_latents']}, "
+                   f"B {result['batch_size']}, k {result['k']:g}", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def reason(error: BaseException | None) -> str:
