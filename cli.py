@@ -383,8 +383,8 @@ def draw_savings(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     ideas = {"selection": "top-k of candidates,\nnot of B·F entries", "decoding": "decode kept\nentries alone",
-             "gradient of kept values": "gradient at kept\nentries alone", "gradient of b_dec": "b_dec: vector ×\nmatrix, no product",
-             "weight gradients and update": "weight gradients from\nkept entries, updated\nin cache"}
+             "gradient of kept values": "gradient at kept\nentries alone", "gradient of b_dec": "b_dec: a vector\ntimes a matrix",
+             "weight gradients and update": "sums of rows for\nboth weights,\nupdated in cache"}
     step, plain = (result["seconds"][name][1] for name in ("step, float32", "plain step, float32"))
     saved = {label: result["phases"][name]["dense"][1] - result["phases"][name]["sparse"][1] for name, label in ideas.items()}
     saved["no B × F tensors\nfor autograd"] = plain - step - sum(saved.values())

@@ -189,3 +189,31 @@ def test_importing_the_module_pulls_in_neither_transformers_nor_datasets():
     code = "import sys, batchtopk; bad = {'transformers', 'datasets', 'typer', 'rich', 'safetensors'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+SHAPE = ["--d-model", "16", "--n-latents", "64", "--batch-size", "32", "--k", "4", "--repeat", "2", "--device", "cpu"]
+
+
+def test_bench_measures_every_part_and_draws_what_each_saves(tmp_path):
+    result = json.loads(invoke("bench", *SHAPE, "--json", "--figure", tmp_path / "deep" / "savings.png").stdout)
+    assert (result["d_model"], result["n_latents"], result["batch_size"], result["k"]) == (16, 64, 32, 4)
+    assert {"encoder product, float32", "step, float32", "TopK step, float32", "plain step, float32"} <= set(result["seconds"])
+    assert all(0 < low <= middle <= high for low, middle, high in result["seconds"].values())
+    assert len(result["phases"]) == 6 and all(sides["dense"][1] > 0 < sides["sparse"][1] for sides in result["phases"].values())
+    product, step = (result["seconds"][name][1] for name in ("encoder product, float32", "step, float32"))
+    assert result["float32"]["step/product"] == pytest.approx(step / product) and result["matrix_bytes"] == 4 * 32 * 64
+    assert (tmp_path / "deep" / "savings.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_bench_fit_eighty_columns():
+    lines = [line for line in invoke("bench", *SHAPE).stdout.splitlines() if "  " in line.strip()]
+    assert any("plain step" in line for line in lines) and not any("…" in line or len(line) > 80 for line in lines), lines
+
+
+def test_peak_memory_is_what_a_call_held_at_once():
+    def hold():
+        torch.ones(1 << 24)  # 64 MiB, freed before the next
+        torch.ones(1 << 25)
+
+    found = cli.peak_memory(hold, torch.device("cpu"))
+    assert found is None or 120 <= found / 2**20 < 160, found
