@@ -4,10 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU
-
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import batchtopk as bt  # noqa: E402

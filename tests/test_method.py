@@ -318,12 +318,39 @@ def test_gradients_are_exact_wherever_the_bar_was(bar, step, monkeypatch):
     assert (result.walks > 1) == (bar > 3.5 or bt.runs_ahead(sae.config, x.device)), f"{result.walks} walks from {bar}"
 
 
+def test_a_chunk_with_more_candidates_than_its_share_of_the_room_is_noticed(monkeypatch):
+    monkeypatch.setattr(bt, "CHUNK_ENTRIES", {"cpu": 64 * 100})
+    sae, x = random_sae(config(n_latents=1600)), randn(64, 12, seed=1)
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)[:16] = 100.0  # 1024 candidates, all in the first of 16 chunks; room for 2000 among all
+        *_, found = bt.walk(sae, x - sae.b_dec, 0.0, room=2000)
+        assert found > 2000
+        row, latent, value, found = bt.walk(sae, x - sae.b_dec, 0.0, room=8000)
+    assert found == 1024 and int((value > 0).sum()) == 1024 and len(value) == len(row) == len(latent)
+
+
 def test_what_rounding_could_have_hidden_below_the_bar_is_walked_again():
     sae, x = random_sae(config(encoder_dtype="bfloat16")), randn(16, 12, seed=1)
     threshold = bt.sparse_gradients(sae, x)[0].threshold
     for bar, walks in ((0.999 * threshold, 2), (0.95 * threshold, 1)):
         last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=threshold, bar=bar, walks=1)
         assert bt.sparse_gradients(sae, x, last)[0].walks == walks
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("activation", ["batchtopk", "topk"])
+@pytest.mark.parametrize("changes", [dict(kernels=k, encoder_dtype=d) for k in ("torch", "triton") for d in ("float32", "bfloat16")], ids=str)
+def test_the_step_on_a_gpu_is_the_step_on_a_cpu(changes, activation):
+    """At a size with many chunks; torch.backends.cuda.matmul.allow_tf32 is off by default, so float32 is float32."""
+    shape, stats, found = dict(d_model=256, n_latents=8192, batch_size=4096, k=32, activation=activation), {}, {}
+    x = randn(4096, 256, seed=1)
+    for device in ("cpu", "cuda"):
+        sae = random_sae(config(**shape, **(changes if device == "cuda" else {}))).to(device)
+        sae.tokens_since_fired[::7] = 10**6
+        stats[device], found[device] = gradients(sae, x.to(device))
+    assert stats["cuda"].n_kept == stats["cpu"].n_kept and stats["cuda"].mse == pytest.approx(stats["cpu"].mse, rel=1e-5)
+    for name, expected in found["cpu"].items():
+        assert (found["cuda"][name].cpu() - expected).norm() < 1e-4 * expected.norm(), name
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk"])
