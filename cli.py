@@ -11,7 +11,6 @@ in one line and exit code 2 (usage) or 1 (anything else).
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import inspect
@@ -23,6 +22,7 @@ import platform
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.optim.adam import adam
+from torch.profiler import ProfilerActivity, profile
 
 import batchtopk as bt
 
@@ -69,6 +70,7 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler
     if "transformers" in sys.modules:  # it reads the environment when it is imported
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     for name in ("transformers", "datasets", "huggingface_hub", "httpx"):
@@ -315,27 +317,20 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak beside those in use before it; None where neither CUDA nor Linux tells."""
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that PyTorch has allocated at the peak of a call, beside those before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back first, or it would not be counted
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-        before = resident("VmRSS")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-        return resident("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def resident(field: str) -> int:
-    """Bytes that /proc/self/status gives for a field."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(str(Path(folder, "trace.json")))
+        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in trace if event.get("name") == "[memory]")
+    return max(itertools.accumulate(amount for _, amount in changes), default=0)
 
 
 def device_name(device: torch.device) -> str:
@@ -359,10 +354,11 @@ def show_measurements(result: dict[str, Any]) -> None:
     for name, (low, middle, high) in sorted(result["seconds"].items(), key=lambda item: item[1][1]):
         peak = result["peak_bytes"].get(name)
         memory = (f"{peak / 2**20:.0f}", f"{peak / result['matrix_bytes']:.0%}") if peak is not None else ("", "")
-        table.add_row(name.replace(", float32", ""), f"{1e3 * middle:.1f}", f"{1e3 * low:.0f}-{1e3 * high:.0f}", f"{middle / product:.2f}",
+        table.add_row(name.replace(", float32", ""), f"{1e3 * middle:.{1 if middle < 1 else 0}f}",
+                      f"{1e3 * low:.0f}-{1e3 * high:.0f}", f"{middle / product:.2f}",
                       f"{result['batch_size'] / middle:,.0f}", *memory)
     out.print(table)
-    out.print("float32 unless said. MiB: resident at the peak beside weights and moments, and of one matrix B × F.\n\nParts of a step as "
+    out.print("float32 unless said. MiB: allocated at the peak beside weights and moments; of BF: of one matrix B × F.\n\nParts of a step as "
               "they are with dense matrices and as they are here, ms:", highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE)
     for name in ("", "dense", "here", "ratio"):

@@ -211,9 +211,11 @@ def test_the_tables_of_bench_fit_eighty_columns():
 
 
 def test_peak_memory_is_what_a_call_held_at_once():
+    before = torch.ones(1 << 20)
+
     def hold():
         torch.ones(1 << 24)  # 64 MiB, freed before the next
-        torch.ones(1 << 25)
+        kept = torch.ones(1 << 25)
+        return kept, before + 1  # 128 and 4 MiB at once
 
-    found = cli.peak_memory(hold, torch.device("cpu"))
-    assert found is None or 120 <= found / 2**20 < 160, found
+    assert cli.peak_memory(hold, torch.device("cpu")) == pytest.approx(132 << 20, rel=1e-5)
