@@ -124,7 +124,8 @@ class Config:
             if field.type in ("int", "float"):
                 kind = "a whole number" if field.type == "int" else "a number"
                 low, high = rules.get("min", -math.inf), rules.get("max", math.inf)
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                if not finite or not low <= value <= high:
                     raise InputError(f"{field.name} is {value!r}; give {kind} from {low} to {high}")
                 if field.type == "int":
                     if value != int(value):
@@ -136,6 +137,8 @@ class Config:
             raise InputError(f"k = {self.k:g} keeps no entry in a batch of {self.batch_size}; raise one of them")
         if self.activation == "topk" and self.k != int(self.k):
             raise InputError(f"k is {self.k}; topk takes a whole number of latents per token, batchtopk any number")
+        if max(self.beta1, self.beta2) >= 1:
+            raise InputError(f"beta1 is {self.beta1}, beta2 {self.beta2}; give numbers below 1")
         if self.kernels == "triton" and self.step == "plain":
             raise InputError('kernels is "triton", but the plain step has none; use step="sparse"')
         if self.warmup + self.decay > 1:
@@ -212,13 +215,14 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
     flat = z.flatten()
     values, n = flat.detach(), min(n, len(flat))
     last = values.topk(n, sorted=False).values.min() if n else values.new_tensor(math.inf)
-    candidates = (values >= last).nonzero().squeeze(1)  # n, and more where several tie for the last place
-    kept = candidates[largest(values[candidates], n)]
-    return torch.zeros_like(flat).scatter_(0, kept, flat[kept].relu()).view_as(z)
+    kept = values > last
+    ties = (values == last).nonzero().squeeze(1)
+    kept[ties[: n - int(kept.sum())]] = True
+    return torch.where(kept & (values > 0), flat, 0.0).view_as(z)
 
 
 def largest(values: Tensor, n: int) -> Tensor:
-    """Indices [n], ascending, of the n largest of values [M], float32, of which at least n are ≥ 0; of equal ones the first.
+    """Indices [n], ascending, of the n largest of values [M], float32, negative ones taken as 0; of equal ones the first.
 
     One integer key says both: positive floats are ordered as their bits are, and below them stands the place.
     """
@@ -290,7 +294,7 @@ class SAE(nn.Module):
             f = self.select(z)
         else:
             f = z.masked_fill_(z.float() <= self.checked_theta(), 0.0)  # compared in float32, whatever the weights are
-        return f.view(*x.shape[:-1], -1)
+        return f.view(*x.shape[:-1], f.shape[-1])
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
@@ -417,7 +421,7 @@ def auxiliary_loss(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_
     are all negative would never get a gradient. b_dec is not added, because the residual is already free of it.
 
     Its cost is bounded: where many are dead the mean is taken over the first tokens of the batch alone, which are as
-    random as any, so that it never takes longer than about a quarter of an encoder product.
+    random as any, so that its six matrix products are at most a quarter of the encoder product's arithmetic.
 
     Args: x [B, D]; residual x - x̂ [B, D], detached, so that no live latent is pulled; the dead latents' own rows W_enc
         [n, D], b_enc [n], W_dec [n, D]; b_dec [D].
@@ -425,8 +429,10 @@ def auxiliary_loss(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_
     """
     n_rows = min(len(x), max(1, int(AUX_SHARE * len(x) * cfg.n_latents / len(b_enc))))
     z = functional.linear(x[:n_rows] - b_dec, W_enc, b_enc)
-    values, latent = z.topk(min(cfg.aux_k, len(b_enc)), dim=1)
-    f = torch.zeros_like(z).scatter(1, latent, values)
+    f = z
+    if len(b_enc) > cfg.aux_k:
+        values, latent = z.topk(cfg.aux_k, dim=1)
+        f = torch.zeros_like(z).scatter(1, latent, values)
     return (residual[:n_rows] - f @ W_dec).square().sum(1).mean()
 
 
@@ -505,22 +511,24 @@ class Step(NamedTuple):
     n_kept: int  # entries kept, N or fewer
     n_dead: int  # latents dead after this batch
     threshold: float  # smallest kept entry, NaN if none was positive
-    bar: float  # where the next batch's candidates begin
-    walks: int  # passes over the encoder: 1 unless the candidates fell short
+    bar: float  # where the next batch's candidates begin: see first_bar
+    n_found: int  # candidates, the entries above this batch's bar
+    walks: int  # passes over the encoder: 1 unless the candidates fell short, or on a GPU had no room
 
 
 class Gradients(NamedTuple):
-    """Of the loss, by parameter. The weights' come by rows, so that they need never all exist at once."""
+    """Of the loss, by parameter. The weights' come by rows, so that on a CPU they never all exist at once."""
 
     b_enc: Tensor  # [F]
     b_dec: Tensor  # [D]
     rows: Callable[[slice], tuple[Tensor, Tensor]]  # of W_enc[part] and of W_dec[part], for a slice of the latents
+    tokens_since_fired: Tensor  # [F] no gradient, but what the buffer of that name is to become if the step is taken
 
 
 def plain_gradients(sae: SAE, x: Tensor) -> tuple[Step, Gradients]:
     """The loss and its gradients by autograd, straight from the definitions: the twin of sparse_gradients.
 
-    Args: x [B, D], standardised if the SAE does that. Enters the batch in tokens_since_fired.
+    Args: x [B, D], standardised if the SAE does that. Nothing in the SAE is changed.
     """
     f = sae.select(sae.pre_activations(x))
     residual = x - sae.decode(f)
@@ -532,10 +540,9 @@ def plain_gradients(sae: SAE, x: Tensor) -> tuple[Step, Gradients]:
     d_W_enc, d_b_enc, d_W_dec, d_b_dec = torch.autograd.grad(mse + sae.config.aux_coef * aux,
                                                              (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     kept = f.detach()[f > 0]
-    sae.tokens_since_fired.copy_(silence(sae, (f > 0).any(0), len(x)))
-    threshold = float(kept.min()) if len(kept) else math.nan
-    step = Step(mse.item(), aux.item(), len(kept), int(is_dead(sae, sae.tokens_since_fired).sum()), threshold, 0.0, walks=1)
-    return step, Gradients(d_b_enc, d_b_dec, lambda part: (d_W_enc[part], d_W_dec[part]))
+    silent, threshold = silence(sae, (f > 0).any(0), len(x)), float(kept.min()) if len(kept) else math.nan
+    step = Step(mse.item(), aux.item(), len(kept), int(is_dead(sae, silent).sum()), threshold, bar=0.0, n_found=f.numel(), walks=1)
+    return step, Gradients(d_b_enc, d_b_dec, lambda part: (d_W_enc[part], d_W_dec[part]), silent)
 
 
 class Kept(NamedTuple):
@@ -550,8 +557,12 @@ class Kept(NamedTuple):
 def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None) -> tuple[Step, Gradients]:
     """plain_gradients with only the encoder product dense: the rest touches the N kept entries. `last` is the step before.
 
+        collect what lies above the bar (walk), keep the N largest of it (keep)
+        reconstruct from those, form the gradients from those (backward)
+        were they fewer than N, because the bar was too high? then again from a lower one, at last from 0
+
     On a GPU the host waits once: every shape is known beforehand, and whether the candidates sufficed is read with the
-    other numbers, before any parameter has moved. If they did not, all is done again from a lower bar, at last from 0.
+    other numbers, before anything in the SAE has changed.
     """
     cfg, n, dtype = sae.config, sae.config.n_kept(len(x)), product_dtype(sae.config, x.device)
     centred = x - sae.b_dec
@@ -561,8 +572,8 @@ def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None) -> tuple[Ste
         bar, n_dead = first_bar(sae, centred), int(is_dead(sae, sae.tokens_since_fired).sum())
     dead = is_dead(sae, sae.tokens_since_fired).nonzero_static(size=n_dead).squeeze(1)
     expected = n if cfg.activation == "batchtopk" else 8 * sample_rank(int(cfg.k)) * len(x)  # candidates, at least
-    room = 2 * expected if runs_ahead(cfg, x.device) else None
-    rounding = 1.01 if dtype == torch.bfloat16 and cfg.activation == "batchtopk" else 0.0  # what bfloat16 may have left below the bar
+    room = max(2 * expected, int(1.5 * last.n_found) if last else 0) if runs_ahead(cfg, x.device) else None
+    rounding = 1.01 if dtype == torch.bfloat16 and cfg.activation == "batchtopk" else 0.0  # an allowance for entries rounded below the bar
     for walks in itertools.count(1):
         kept, found = keep(sae, centred, bar, dtype, room)
         mse, aux, gradients = backward(sae, x, centred, kept, dead)
@@ -577,9 +588,10 @@ def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None) -> tuple[Ste
             bar = lower(bar, walks)
         else:
             break
-    sae.tokens_since_fired.copy_(silent)
-    bar = 1.0 if cfg.activation == "topk" else 0.95 * threshold if n_kept else 0.0
-    return Step(mse, aux, int(n_kept), int(n_dead), threshold if n_kept else math.nan, bar, walks), gradients
+    if cfg.activation == "batchtopk" and n:
+        bar = 0.95 * threshold if n_kept == n else 0.0  # fewer than N were positive: look at all of them again
+    step = Step(mse, aux, int(n_kept), int(n_dead), threshold if n_kept else math.nan, bar, int(n_found), walks)
+    return step, gradients._replace(tokens_since_fired=silent)
 
 
 def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> tuple[Tensor, Tensor, Gradients]:
@@ -588,7 +600,7 @@ def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> 
     A kept entry i has row r_i, latent l_i, value v_i. sum_rows adds up weighted rows of a matrix by ragged groups: by row
     it decodes, by latent it forms both weight gradients. sampled_product computes a product at the kept places alone.
     """
-    cfg, x_hat = sae.config, decode_rows(sae, kept, len(x))  # less b_dec, as is centred
+    cfg, x_hat = sae.config, decode_rows(sae.W_dec, kept, len(x), sae.config.kernels)  # less b_dec, as is centred
     residual = torch.sub(centred, x_hat, out=x_hat)
     mse, aux, d_dead = residual.square().sum(1).mean(), x.new_zeros(()), None
     if len(dead) and cfg.aux_k:
@@ -598,7 +610,7 @@ def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> 
             d_W_enc, d_b_enc_dead, d_W_dec, d_b_dec_dead = torch.autograd.grad(cfg.aux_coef * aux, rows)
             d_dead = dead, d_W_enc, d_W_dec
     g = residual.mul_(-2 / len(x))  # ∂mse/∂X̂
-    d_value = sampled_product(g, sae.W_dec, kept, cfg.kernels) * (kept.value > 0)  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
+    d_value = sampled_product(g, sae.W_dec, kept.row, kept.latent, cfg.kernels) * (kept.value > 0)  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
     d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, d_value)  # Σ over tokens of ∂mse/∂f
     d_b_dec = g.sum(0) - d_b_enc @ sae.W_enc  # decoder's share, encoder's share: a vector times a matrix
     if d_dead:
@@ -607,7 +619,7 @@ def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> 
     order = kept.latent.argsort(stable=True)
     entries = Kept(kept.row[order], kept.latent[order], kept.value[order])
     weights = weight_gradients(sae, entries, d_value[order], g, centred, d_dead)
-    return mse, aux.detach(), Gradients(d_b_enc, d_b_dec, weights)
+    return mse, aux.detach(), Gradients(d_b_enc, d_b_dec, weights, sae.tokens_since_fired)
 
 
 def weight_gradients(sae: SAE, entries: Kept, d_value: Tensor, g: Tensor, centred: Tensor,
@@ -643,12 +655,10 @@ def group_starts(groups: Tensor, n: int) -> Tensor:
     return torch.searchsorted(groups, torch.arange(n + 1, device=groups.device))
 
 
-def decode_rows(sae: SAE, kept: Kept, n_rows: int) -> Tensor:
+def decode_rows(W_dec: Tensor, kept: Kept, n_rows: int, kernels: str = "torch") -> Tensor:
     """f W_dec [B, D] from the kept entries of f, without its zeros."""
     starts = group_starts(kept.row, n_rows)
-    if sae.config.kernels == "triton":
-        return triton_decode(sae.W_dec, kept.latent, kept.value, starts)
-    return sum_rows(sae.W_dec, kept.latent, kept.value, starts)
+    return (triton_decode if kernels == "triton" else sum_rows)(W_dec, kept.latent, kept.value, starts)
 
 
 def sum_rows(rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
@@ -656,14 +666,15 @@ def sum_rows(rows: Tensor, which: Tensor, weights: Tensor, starts: Tensor) -> Te
     return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def sampled_product(a: Tensor, b: Tensor, places: Kept, kernels: str) -> Tensor:
+def sampled_product(a: Tensor, b: Tensor, row: Tensor, latent: Tensor, kernels: str = "torch") -> Tensor:
     """a bᵀ at N places alone, sorted by row: [N] of a[row_i] · b[latent_i]; a [B, D], b [F, D]."""
-    starts, zeros = group_starts(places.row, len(a)), a.new_zeros(len(places.row))
+    starts = group_starts(row, len(a))
     if kernels == "triton":
-        return triton_sampled_product(a, b, places.latent, starts)
+        return triton_sampled_product(a, b, latent, starts)
+    zeros = a.new_zeros(len(row))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        matrix = torch.sparse_csr_tensor(starts, places.latent, zeros, (len(a), len(b)), check_invariants=False)
+        matrix = torch.sparse_csr_tensor(starts, latent, zeros, (len(a), len(b)), check_invariants=False)
     return torch.sparse.sampled_addmm(matrix, a, b.T, beta=0.0).values()
 
 
@@ -674,6 +685,8 @@ def sampled_product(a: Tensor, b: Tensor, places: Kept, kernels: str) -> Tensor:
 def encode_rows(sae: SAE, x: Tensor, selection: str = "batch") -> Kept:
     """SAE.encode of standardised x [B, D] as its active entries alone, in float32: no [B, F] tensor ever exists."""
     centred = x - sae.b_dec
+    if not len(x):
+        return Kept(*(torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.int64, torch.int64, torch.float32)))
     if selection == "theta" and sae.config.activation != "topk":
         theta = float(sae.checked_theta())
         row, latent, value, _ = walk(sae, centred, 0.999 * theta)
@@ -689,10 +702,12 @@ def encode_rows(sae: SAE, x: Tensor, selection: str = "batch") -> Kept:
 
 
 def first_bar(sae: SAE, centred: Tensor) -> float:
-    """A bar somewhat under the threshold that 64 rows of x - b_dec [B, D] would have alone; 0 if they keep nothing."""
+    """Where the first candidates begin. For batchtopk a pre-activation, later 0.95 × the last threshold; for topk always 1,
+    a factor of row_bars. Here, somewhat under the threshold that up to 64 rows of x - b_dec [B, D] would have alone; 0 if they keep nothing.
+    """
     if sae.config.activation == "topk":
         return 1.0
-    sample = functional.linear(centred[:: max(1, len(centred) // 64)], sae.W_enc, sae.b_enc).detach()
+    sample = functional.linear(centred[:: -(-len(centred) // 64)], sae.W_enc, sae.b_enc).detach()
     n = max(1, sae.config.n_kept(len(sample)))
     return 0.8 * max(0.0, float(sample.flatten().topk(n).values[-1]))
 
@@ -704,10 +719,8 @@ def lower(bar: float, walks: int) -> float:
 
 def keep(sae: SAE, centred: Tensor, bar: float, dtype: torch.dtype = torch.float32,
          room: int | None = None) -> tuple[Kept, Tensor]:
-    """What training keeps, exactly, of rows x - b_dec [B, D] if enough of it lies above the bar; and how much does [].
-
-    BatchTopK takes the N largest of all candidates, TopK the k largest of each row's, whose own bars `bar` scales. Where
-    fewer than N kept values are positive and the bar is not 0, it was too high.
+    """The N largest entries of rows x - b_dec [B, D], or with topk the k largest of each row, out of those above the bar;
+    and how many lie above it []. If the bar is not 0 and fewer than N of the values kept are positive, it was too high.
     """
     n, n_rows = sae.config.n_kept(len(centred)), len(centred)
     if sae.config.activation == "batchtopk":
@@ -764,7 +777,7 @@ def walk(sae: SAE, centred: Tensor, bar: float | Tensor, dtype: torch.dtype = to
     """
     n_rows, n_latents, device = len(centred), len(sae.b_enc), centred.device
     columns = operand(centred, dtype).T
-    chunk = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[device.type] // max(1, n_rows)))
+    chunk = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES["cpu" if device.type == "cpu" else "cuda"] // n_rows))
     scratch = torch.empty(chunk, n_rows, dtype=columns.dtype, device=device)
     indices, values, found = [], [], torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, n_latents, chunk):
@@ -783,12 +796,13 @@ def walk(sae: SAE, centred: Tensor, bar: float | Tensor, dtype: torch.dtype = to
         position = position.masked_fill(value.isnan(), n_rows * n_latents)  # empty places: latent 0 of the last row, in the end
     position, order = position.sort()
     position, value = position[:room], value[order[:room]]
-    row = (position // n_latents).clamp(max=n_rows - 1)
-    latent = position % n_latents
-    empty = value.isnan()
+    latent, empty = position % n_latents, value.isnan()
+    row = position // n_latents  # n_rows for an empty place, so that kernels pass it by; the others want a true row
+    clamped = row.clamp(max=n_rows - 1)
     if dtype == torch.bfloat16:
-        value = sampled_product(centred, sae.W_enc, Kept(row, latent, value), sae.config.kernels)
-    return row, latent, (value + sae.b_enc[latent]).masked_fill(empty, 0.0), found
+        kernels = sae.config.kernels
+        value = sampled_product(centred, sae.W_enc, row if kernels == "triton" else clamped, latent, kernels)
+    return clamped, latent, (value + sae.b_enc[latent]).masked_fill(empty, 0.0), found
 
 
 def runs_ahead(cfg: Config, device: torch.device) -> bool:
@@ -1206,7 +1220,7 @@ class StepStats(NamedTuple):
     dead: int  # latents silent for config.dead_tokens tokens or more
     threshold: float  # smallest kept entry, NaN if none was positive; θ is its expectation
     lr: float
-    walks: int  # passes over the encoder product: 1 unless the candidates fell short of N
+    walks: int  # passes over the encoder product, see Step
 
 
 UPDATE_ENTRIES = 1 << 20  # of a weight matrix, updated at a time on a CPU: 4 MiB each of it, its gradient and two moments
@@ -1219,15 +1233,18 @@ class Trainer:
     anything: a ReLU dictionary is homogeneous, so training on s·x equals training on x with biases, θ and the biases'
     learning rate divided by s. The weights are in the model's units at all times and there is nothing to fold.
 
-    Attributes: sae; tokens_seen; steps; rewalks, steps whose candidates fell short and were walked again.
+    Attributes: sae; tokens_seen; steps; rewalks, steps that walked the encoder more than once.
     """
 
     def __init__(self, cfg: Config) -> None:
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = SAE(cfg).to(self.device)
+        if cfg.kernels == "triton" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.tokens_seen = self.steps = self.rewalks = self.theta_updates = 0
         self.last: Step | None = None  # tells the next step where candidates begin and how many latents are dead
         self.scale: float | None = None  # s, set from the first batch together with b_dec
+        self.variance: float | None = None  # of that batch around its mean
         self.moments = {f"{name}.{key}": torch.zeros_like(parameter, requires_grad=False)
                         for name, parameter in self.sae.named_parameters() for key in ("exp_avg", "exp_avg_sq")}
 
@@ -1235,8 +1252,11 @@ class Trainer:
     def initialize_(self, x: Tensor) -> None:
         """Start b_dec at the mean of x [n, D] and set the scale s; step does it with its first batch if nobody did."""
         x = self.sae.standardize(x.to(self.device, torch.float32))[0]
+        variance = float((x - x.mean(0)).square().sum(1).mean())
+        if not math.isfinite(variance):
+            raise InputError("x is not finite; training cannot start from it")
         self.sae.b_dec.copy_(x.mean(0))
-        self.variance = float((x - self.sae.b_dec).square().sum(1).mean()) or 1.0
+        self.variance = variance or 1.0
         self.scale = math.sqrt(x.shape[1] / self.variance) if self.cfg.normalize == "scale" else 1.0
 
     def learning_rate(self) -> float:
@@ -1259,6 +1279,7 @@ class Trainer:
             last, gradients = sparse_gradients(sae, x, self.last)
         if not math.isfinite(last.mse):
             raise InputError(f"the loss is {last.mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
+        sae.tokens_since_fired.copy_(gradients.tokens_since_fired)
         lr = self.learning_rate()
         self.update_parameters_(gradients, lr)
         self.last = last
@@ -1282,7 +1303,7 @@ class Trainer:
         for start in range(0, n_latents, rows):
             part = slice(start, min(start + rows, n_latents))
             d_W_enc, d_W_dec = gradients.rows(part)
-            if self.cfg.kernels == "triton":
+            if self.cfg.kernels == "triton":  # all rows at once, as runs_ahead says
                 for name, gradient in (("W_enc", d_W_enc), ("W_dec", d_W_dec)):
                     moments = self.moments[name + ".exp_avg"], self.moments[name + ".exp_avg_sq"]
                     triton_adam_(getattr(sae, name), gradient, *moments, self.steps + 1, lr, (self.cfg.beta1, self.cfg.beta2),
@@ -1322,8 +1343,11 @@ class Trainer:
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         for name, value in json.loads(metadata["trainer"]).items():
-            setattr(self, name, Step(*value) if name == "last" else value)
-        self.sae.load_state_dict(parts["sae"])
+            setattr(self, name, Step(*value) if name == "last" and value else value)
+        try:
+            self.sae.load_state_dict(parts["sae"])
+        except RuntimeError as error:
+            raise InputError(f"{str(path)!r} is the state of another configuration: {error}") from error
         self.moments = {name: tensor.to(self.device) for name, tensor in parts["adam"].items()}
         if stream is not None:
             if not parts["stream"]:
@@ -1338,8 +1362,8 @@ def train(cfg: Config, batches: Iterable[Tensor], held_out: Iterable[Tensor] | N
     Args:
         batches: any iterable of float tensors [n, D] of any n, in the model's units. One that can be iterated again (a
             list) is, until cfg.tokens tokens have been seen.
-        held_out: the same, for calibrating θ. Without it the first batches, up to 5 % of cfg.tokens and at most
-            cfg.calibration_tokens, are set aside for that and never trained on.
+        held_out: the same, for calibrating θ. Without it the first batches, 5 % of cfg.tokens but at least one batch and at
+            most cfg.calibration_tokens, are set aside for that; only if `batches` are repeated are they trained on too.
         trainer: one to continue with, new by default.
         on_step: called after every step.
     Returns: the SAE. Raises InputError if `batches` ends early, or for values no SAE can be trained on.
@@ -1490,7 +1514,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
 def reconstruct_rows(sae: SAE, x: Tensor, selection: str) -> tuple[Tensor, Kept, Tensor]:
     """(x̂, its active entries, their number per row) of x [B, D], as SAE.forward gives it, from the active entries alone."""
     kept = encode_rows(sae, sae.standardize(x)[0], selection)
-    return sae.restore(decode_rows(sae, kept, len(x)) + sae.b_dec, x), kept, torch.bincount(kept.row, minlength=len(x))
+    return sae.restore(decode_rows(sae.W_dec, kept, len(x)) + sae.b_dec, x), kept, torch.bincount(kept.row, minlength=len(x))
 
 
 @torch.no_grad()
@@ -1648,7 +1672,7 @@ def export(sae: SAE, path: str | os.PathLike) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # 12. GPU kernels, behind the functions of section 7: config.kernels = "triton"
 # ---------------------------------------------------------------------------------------------------------------------
-# One program per row of the result, so that nothing is added atomically and results repeat bit for bit. D is the width, D2
+# One program per row of the result, so that no weight gradient is added atomically. D is the width, D2
 # the next power of two, entries are as in Kept, starts as in group_starts. TRITON_INTERPRET=1 runs them on a CPU, slowly.
 
 tl: Any = None  # triton.language, once a kernel is used: importing this module needs torch alone
@@ -1723,7 +1747,7 @@ def _sampled_product_kernel(a, b, latent, starts, out, D: tl.constexpr, D2: tl.c
 
 def triton_sampled_product(a: Tensor, b: Tensor, latent: Tensor, starts: Tensor) -> Tensor:
     """(a bᵀ)[row, latent] for entries sorted by row: sampled_product."""
-    out = a.new_empty(len(latent))
+    out = a.new_zeros(len(latent))
     _jit(_sampled_product_kernel)[(len(a),)](a, b, latent, starts, out, D=a.shape[1], D2=_power_of_two(a.shape[1]))
     return out
 

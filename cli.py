@@ -226,7 +226,7 @@ def measure(cfg: bt.Config, repeat: int, progress: Callable[[str], None]) -> dic
     for _ in range(3):  # each token is a sum of about 40 of 4096 directions
         size = torch.rand(cfg.batch_size, 4096, generator=generator)
         batches.append(((torch.rand(size.shape, generator=generator) < 40 / 4096) * size @ directions).to(device))
-    kinds = {"step, float32": {}, "TopK step, float32": dict(activation="topk"), "plain step, float32": dict(step="plain")}
+    kinds = {"step, float32": {}, "TopK step, float32": dict(activation="topk"), "step, 5 % dead": {}, "plain step, float32": dict(step="plain")}
     if bt.multiplies_bfloat16(device):
         kinds["step, bfloat16"] = dict(encoder_dtype="bfloat16")
     if device.type == "cuda":
@@ -234,6 +234,9 @@ def measure(cfg: bt.Config, repeat: int, progress: Callable[[str], None]) -> dic
     if cfg.k != int(cfg.k):
         del kinds["TopK step, float32"]
     trainers = {name: bt.Trainer(dataclasses.replace(cfg, **changes)) for name, changes in kinds.items()}
+    dying = trainers["step, 5 % dead"].sae
+    dying.tokens_since_fired[::20] = cfg.dead_tokens
+    dying.b_enc.data[::20] = -100.0  # so that they do not fire again
     endless = itertools.cycle(batches)
     runs: dict[str, Callable[[], Any]] = {name: lambda t=trainer: t.step(next(endless)) for name, trainer in trainers.items()}
     memory = {}
@@ -254,8 +257,8 @@ def measure(cfg: bt.Config, repeat: int, progress: Callable[[str], None]) -> dic
     for i in range(repeat):
         for name, run in runs.items():
             progress(f"{' '.join(name) if isinstance(name, tuple) else name}, {i + 1} of {repeat}")
-            if name[0] != "dense" and name != "plain step, float32":
-                run()  # after the dense ones, whose matrices swept the caches
+            if name != "plain step, float32" and not (isinstance(name, tuple) and name[0] == "dense"):
+                run()  # once before it counts: dense matrices have swept the caches
             samples[name].append(seconds(run, device))
     quartiles = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
     bandwidth = 2 * copies[0].nbytes / quartiles.pop("copy")[1]
@@ -285,13 +288,14 @@ def phases(trainer: bt.Trainer, x: torch.Tensor, z: torch.Tensor) -> dict[str, t
     centred, f = x - sae.b_dec, sae.encode(x, "batch")
     kept = bt.encode_rows(sae, x)
     _, _, value, _ = bt.walk(sae, centred, bar)
-    g = (bt.decode_rows(sae, kept, len(x)) - centred) * (2 / len(x))
+    g = (bt.decode_rows(W_dec, kept, len(x)) - centred) * (2 / len(x))
     gradients = bt.backward(sae, x, centred, kept, torch.empty(0, dtype=torch.int64, device=x.device))[2]
     first, second = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
 
     def dense_update() -> None:
         for W, gradient in ((W_enc, f.T @ centred), (W_dec, f.T @ g)):
-            gradient.addcmul_(W, (gradient * W).sum(1, keepdim=True), value=-1)
+            if W is W_dec:
+                gradient.addcmul_(W, (gradient * W).sum(1, keepdim=True), value=-1)
             adam([W], [gradient], [first], [second], [], [torch.zeros((), device=x.device)], fused=True, amsgrad=False, beta1=0.9,
                  beta2=0.99, lr=0.0, weight_decay=0.0, eps=1e-8, maximize=False)
         W_dec.div_(W_dec.norm(dim=1, keepdim=True))
@@ -299,8 +303,8 @@ def phases(trainer: bt.Trainer, x: torch.Tensor, z: torch.Tensor) -> dict[str, t
     pairs = {
         "pre-activations": (lambda: torch.addmm(b_enc, centred, W_enc.T, out=z).relu_(), lambda: bt.walk(sae, centred, bar)),
         "selection": (lambda: z.view(-1).topk(n), lambda: bt.largest(value, n)),
-        "decoding": (lambda: f @ W_dec, lambda: bt.decode_rows(sae, kept, len(x))),
-        "gradient of kept values": (lambda: g @ W_dec.T, lambda: bt.sampled_product(g, W_dec, kept, "torch")),
+        "decoding": (lambda: f @ W_dec, lambda: bt.decode_rows(W_dec, kept, len(x))),
+        "gradient of kept values": (lambda: g @ W_dec.T, lambda: bt.sampled_product(g, W_dec, kept.row, kept.latent)),
         "gradient of b_dec": (lambda: (f @ W_enc).sum(0), lambda: b_enc @ W_enc),
         "weight gradients and update": (dense_update, lambda: trainer.update_parameters_(gradients, 0.0)),
     }
@@ -309,7 +313,7 @@ def phases(trainer: bt.Trainer, x: torch.Tensor, z: torch.Tensor) -> dict[str, t
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
     """How long a call takes, on the device too."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
     run()
@@ -320,10 +324,10 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     """Bytes that PyTorch has allocated at the peak of a call, beside those before it."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:

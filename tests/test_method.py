@@ -52,6 +52,11 @@ def test_the_gradient_of_batch_topk_flows_through_kept_values_alone():
     assert torch.equal(z.grad, (f > 0).float()) and z.grad.sum() == 9
 
 
+def test_double_precision_decides_in_double_precision():
+    z = torch.tensor([1.0, 1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert torch.equal(bt.batch_topk(z, 2), z * torch.tensor([1.0, 0.0, 1.0]))
+
+
 def test_a_negative_n_is_refused():
     with pytest.raises(bt.InputError, match="-1"):
         bt.batch_topk(torch.ones(2, 2), -1)
@@ -157,7 +162,8 @@ def test_loading_something_else_names_it(tmp_path, planted_sae):
 @pytest.mark.parametrize("changes, said", [
     (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk"), (dict(normalize="x"), "scale, token, none"), (dict(k=0.01), "no entry"),
     (dict(warmup=0.8), "at most 1"), (dict(lr=math.nan), "lr"), (dict(tokens=0), "tokens"), (dict(batch_size=2.5), "whole"),
-    (dict(activation="topk", k=2.5), "whole number"), (dict(kernels="triton", step="plain"), "sparse")])
+    (dict(activation="topk", k=2.5), "whole number"), (dict(kernels="triton", step="plain"), "sparse"), (dict(beta2=1.0), "below 1"),
+    (dict(tokens=math.inf), "tokens is inf")])
 def test_config_refuses_what_cannot_work_and_says_what_would(changes, said):
     with pytest.raises(bt.InputError, match=said):
         config(**changes)
@@ -249,10 +255,12 @@ STEPS = {
 }
 
 
-# torch.topk leaves open which of two equal latents a row keeps, so per-token TopK has no case of ties
-@pytest.mark.parametrize("case, activation", [(c, a) for c in CASES for a in ("batchtopk", "topk") if (c, a) != ("ties", "topk")])
-@pytest.mark.parametrize("chunk", [1 << 20, 16 * 7])  # 7 latents at a time: 40 is no multiple
-@pytest.mark.parametrize("step", STEPS)
+# torch.topk leaves open which of two equal latents a row keeps, so per-token TopK has no case of ties. Interpreted kernels are
+# slow: one size of chunk, and bfloat16 in few cases
+@pytest.mark.parametrize("step, chunk, case, activation", [
+    (step, chunk, case, activation) for step in STEPS for chunk in (1 << 20, 16 * 7) for case in CASES for activation in ("batchtopk", "topk")
+    if (case, activation) != ("ties", "topk") and not ("triton" in step and chunk == 16 * 7)  # 7 latents: 40 is no multiple
+    and (step != "triton, bfloat16 nominates" or case in ("generic", "dead that fire again"))])
 def test_loss_and_gradients_are_the_papers(step, case, chunk, activation, monkeypatch):
     monkeypatch.setattr(bt, "CHUNK_ENTRIES", {"cpu": chunk, "cuda": chunk})
     monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
@@ -265,7 +273,6 @@ def test_loss_and_gradients_are_the_papers(step, case, chunk, activation, monkey
     mse, aux, expected = oracle(sae, x, dead, cfg)
     result, found = gradients(sae, x)
     assert result.mse == pytest.approx(mse, rel=1e-5) and result.aux == pytest.approx(aux, rel=1e-5)
-    assert result.n_dead == int((sae.tokens_since_fired >= cfg.dead_tokens).sum())
     assert result.n_dead == len(dead) if case != "dead that fire again" else 0 < result.n_dead < len(dead)
     for name, tensor in expected.items():
         difference = (found[name].double() - tensor).norm() / tensor.norm().clamp_min(1e-12)
@@ -309,7 +316,7 @@ def test_gradients_are_exact_wherever_the_bar_was(bar, step, monkeypatch):
     if step == "as on a GPU":
         monkeypatch.setattr(bt, "runs_ahead", lambda cfg, device: True)
     sae, x = random_sae(config(**STEPS[step])), randn(16, 12, seed=1)
-    last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=bar, bar=bar, walks=1)
+    last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=bar, bar=bar, n_found=48, walks=1)
     result, found = gradients(sae, x, last)
     mse, _, expected = oracle(sae, x, [], sae.config)
     assert result.mse == pytest.approx(mse, rel=1e-5) and result.n_kept == 48
@@ -329,11 +336,31 @@ def test_a_chunk_with_more_candidates_than_its_share_of_the_room_is_noticed(monk
     assert found == 1024 and int((value > 0).sum()) == 1024 and len(value) == len(row) == len(latent)
 
 
+def test_too_few_positives_or_none_wanted_do_not_spoil_the_next_bar():
+    """Bugs met: fewer than N positives sent every step through five walks; a batch too small to keep any collected B·F/2 next."""
+    sae, x = random_sae(config(k=30)), randn(16, 12, seed=1)
+    first = bt.sparse_gradients(sae, x)[0]
+    assert first.n_kept < 480 and bt.sparse_gradients(sae, x, first)[0].walks == 1
+    sae = random_sae(config(k=0.5))
+    first = bt.sparse_gradients(sae, x)[0]
+    none = bt.sparse_gradients(sae, x[:1], first)[0]
+    assert none.n_kept == 0 and none.bar == first.bar > 0
+
+
+def test_room_follows_the_candidates(monkeypatch):
+    monkeypatch.setattr(bt, "runs_ahead", lambda cfg, device: True)
+    sae, x = random_sae(config()), randn(16, 12, seed=1)
+    last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=0.3, bar=0.3, n_found=48, walks=1)
+    first = bt.sparse_gradients(sae, x, last)[0]
+    assert first.walks > 1 and first.n_found > 96
+    assert bt.sparse_gradients(sae, x, first._replace(bar=0.3))[0].walks == 1
+
+
 def test_what_rounding_could_have_hidden_below_the_bar_is_walked_again():
     sae, x = random_sae(config(encoder_dtype="bfloat16")), randn(16, 12, seed=1)
     threshold = bt.sparse_gradients(sae, x)[0].threshold
     for bar, walks in ((0.999 * threshold, 2), (0.95 * threshold, 1)):
-        last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=threshold, bar=bar, walks=1)
+        last = bt.Step(mse=0.0, aux=0.0, n_kept=48, n_dead=0, threshold=threshold, bar=bar, n_found=48, walks=1)
         assert bt.sparse_gradients(sae, x, last)[0].walks == walks
 
 
@@ -399,7 +426,8 @@ def test_large_inputs_are_encoded_a_part_at_a_time():
     f = sae.encode(x).detach()
     assert torch.equal(torch.stack([row, latent]), f.nonzero().T)
     torch.testing.assert_close(value, f[row, latent], atol=1e-6, rtol=1e-6)
-    assert sae.encode_sparse(x[:0])[0].shape == (2, 0)
+    for selection in ("theta", "batch"):
+        assert sae.encode_sparse(x[:0], selection)[0].shape == (2, 0) and sae.encode(x[:0], selection).shape == (0, 40)
 
 
 def test_no_tensor_of_a_step_has_batch_times_latents_entries(planted):
@@ -529,7 +557,8 @@ def test_updating_some_rows_at_a_time_is_adam_on_all(rows, kernels, monkeypatch)
                                  betas=(0.9, 0.99))
     for step in range(5):
         g = {name: randn(*parameter.shape, seed=10 * step + i) for i, (name, parameter) in enumerate(twin.named_parameters())}
-        trainer.update_parameters_(bt.Gradients(g["b_enc"], g["b_dec"], lambda part: (g["W_enc"][part].clone(), g["W_dec"][part].clone())), 1e-2)
+        trainer.update_parameters_(bt.Gradients(g["b_enc"], g["b_dec"], lambda part: (g["W_enc"][part].clone(), g["W_dec"][part].clone()),
+                                                 trainer.sae.tokens_since_fired), 1e-2)
         trainer.steps += 1
         for name, parameter in twin.named_parameters():
             parameter.grad = g[name]
@@ -611,6 +640,28 @@ def test_a_stream_that_ends_early_and_values_that_are_not_finite_are_errors(plan
         bt.train(config(d_model=48), (planted.batch(100, i) for i in range(3)))
     with pytest.raises(bt.InputError, match="not finite"):
         bt.Trainer(config(d_model=48)).step(planted.batch(16, 0) / 0)
+
+
+def test_a_refused_batch_leaves_the_trainer_as_it_was(planted):
+    """Bug met: the counters of dead latents had moved, and the next auxiliary loss read the wrong latents."""
+    trainer, twin = (bt.Trainer(config(d_model=48, dead_tokens=32)) for _ in range(2))
+    for i in range(6):
+        for bad in ([planted.batch(16, 0) / 0] if i in (0, 3) else []):
+            with pytest.raises(bt.InputError, match="not finite"):
+                trainer.step(bad)
+        assert trainer.step(planted.batch(16, i)) == twin.step(planted.batch(16, i))
+    assert trainer.last.n_dead and torch.equal(trainer.sae.tokens_since_fired, twin.sae.tokens_since_fired)
+
+
+def test_a_trainer_that_has_not_begun_can_be_saved(planted, tmp_path):
+    for begin in (lambda t: None, lambda t: t.initialize_(planted.batch(16, 0))):
+        first, second = bt.Trainer(config(d_model=48)), bt.Trainer(config(d_model=48))
+        begin(first)
+        first.save(tmp_path / "state.safetensors")
+        second.load(tmp_path / "state.safetensors")
+        assert second.step(planted.batch(16, 1)) == first.step(planted.batch(16, 1))
+    with pytest.raises(bt.InputError, match="another configuration"):
+        bt.Trainer(config(d_model=48, n_latents=41)).load(tmp_path / "state.safetensors")
 
 
 def test_a_resumed_trainer_is_the_trainer(planted, tmp_path):
