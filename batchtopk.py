@@ -69,8 +69,13 @@ class Config:
     d_model: int = _option(dataclasses.MISSING, "D, width of the activations; train reads it off the model", min=1)
     n_latents: int = _option(dataclasses.MISSING, "F, number of latents", min=1)
     k: float = _option(32, "average active latents per token: N = int(k·B) entries of a batch are kept", min=0)
-    activation: str = _option("batchtopk", "batchtopk keeps the k·B largest of a batch, topk the k largest of each token",
-                              choices=("batchtopk", "topk"))
+    activation: str = _option("batchtopk", "batchtopk keeps the k·B largest of a batch, topk the k largest of each token, jumprelu "
+                              "what exceeds a threshold learnt for each latent", choices=("batchtopk", "topk", "jumprelu"))
+    bandwidth: float = _option(0.03, "jumprelu: width of the window around a threshold in which entries move it, in units of the "
+                               "inputs' root mean squared norm (paper: 0.001; see README)", min=1e-9)
+    jump_start: float = _option(0.1, "jumprelu: share of the run that selects as batchtopk does, whose threshold all latents' "
+                                "thresholds follow until then", min=0, max=1)
+    l0_coef: float = _option(0.0, "jumprelu: weight of the L0 penalty, in units of the inputs' variance; 0 adapts it until L0 is k", min=0)
     normalize: str = _option("scale", "scale: one scalar for all inputs, folded into the weights; token: each token to "
                              "mean 0 and standard deviation 1, as the authors' code does", choices=("scale", "token", "none"))
     # Training
@@ -246,6 +251,7 @@ class SAE(nn.Module):
     """A BatchTopK sparse autoencoder. It takes and returns activations in the model's own units.
 
     Parameters (float32): W_enc, W_dec [F, D], the rows of W_dec of unit norm; b_enc [F]; b_dec [D].
+    With activation="jumprelu" also log_threshold [F], float32: its latents fire above exp of that, and there is no θ.
     Buffers, moved by training alone: theta [], the inference threshold in units of the pre-activations, NaN until it
     has been estimated, float32 whatever the dtype of the weights; tokens_since_fired [F], int64.
 
@@ -266,13 +272,18 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
+        if config.activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.zeros(config.n_latents))
         self.register_buffer("theta", torch.tensor(math.nan))
         self.register_buffer("tokens_since_fired", torch.zeros(config.n_latents, dtype=torch.int64))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SAE:
-        theta = self.theta
+        theta, log_threshold = self.theta, getattr(self, "log_threshold", None)
+        exact = log_threshold.detach().clone() if log_threshold is not None else None
         super()._apply(fn, recurse)
         self.theta = theta.to(self.W_dec.device)  # in bfloat16 a θ of 1.80 moves by 0.3 %, and L0 with it
+        if exact is not None:
+            self.log_threshold.data = exact.to(self.W_dec.device)
         return self
 
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -285,15 +296,16 @@ class SAE(nn.Module):
         Args:
             x: [..., D] in the model's units; any leading dimensions, any float dtype.
             selection: "theta", the inference form Z · 1[Z > θ], in which each row depends on itself alone; or "batch",
-                BatchTopK over all rows of x, as in training. With activation="topk" both keep each row's k largest.
+                BatchTopK over all rows of x, as in training. With activation="topk" both keep each row's k largest, with
+                "jumprelu" both keep what exceeds its latent's threshold.
         Returns: f [..., F], non-negative, in the dtype of the weights.
         Raises: InputError for another width or selection; Unavailable if θ was never estimated.
         """
         z = self.pre_activations(self.standardize(self.checked_rows(x, selection))[0])
-        if selection == "batch" or self.config.activation == "topk":
+        if self.config.activation == "topk" or selection == "batch" and self.config.activation == "batchtopk":
             f = self.select(z)
         else:
-            f = z.masked_fill_(z.float() <= self.checked_theta(), 0.0)  # compared in float32, whatever the weights are
+            f = z.masked_fill_(z.float() <= self.threshold(), 0.0)  # compared in float32, whatever the weights are
         return f.view(*x.shape[:-1], f.shape[-1])
 
     @torch.no_grad()
@@ -346,6 +358,10 @@ class SAE(nn.Module):
         """A decoded reconstruction x̂ [..., D] in the units of x [..., D]: undoes standardize."""
         _, mean, std = self.standardize(x.to(self.W_enc.dtype))
         return x_hat * std + mean
+
+    def threshold(self) -> Tensor:
+        """What an entry must exceed at inference: θ [], or each latent's own threshold [F] with activation="jumprelu"."""
+        return self.log_threshold.exp() if self.config.activation == "jumprelu" else self.checked_theta()
 
     def checked_theta(self) -> Tensor:
         """θ, or Unavailable if it was never estimated: silence here would mean that nothing or everything fires."""
@@ -408,6 +424,34 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Loss
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Penalty(NamedTuple):
+    """What activation="jumprelu" (Rajamanoharan et al. 2024) adds to the loss: coef · mean active latents per token.
+
+    A threshold gets a gradient from entries within width/2 of it: JumpReLU is taken to fall by θ/width there as θ rises,
+    and the count of active latents by 1/width (equations 11 and 12, rectangular kernel).
+    """
+
+    coef: float  # λ, in squared units of the inputs
+    width: float  # ε, in units of the inputs
+
+
+class JumpReLU(torch.autograd.Function):
+    """(f, active) = (z · 1[z > θ], 1[z > θ]) for z [B, F], θ [F], with the gradients that Penalty tells of."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, width: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(z, theta)
+        ctx.width = width
+        active = (z > theta).to(z.dtype)
+        return z * active, active
+
+    @staticmethod
+    def backward(ctx: Any, d_f: Tensor, d_active: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, theta = ctx.saved_tensors
+        near = (z - theta).abs() < ctx.width / 2
+        return d_f * (z > theta), -(near * (theta * d_f + d_active)).sum(0) / ctx.width, None
 
 
 AUX_SHARE = 1 / 24  # of the encoder product's B·F entries may be dead latents' in an auxiliary loss: 6 products of that size
@@ -523,26 +567,33 @@ class Gradients(NamedTuple):
     b_dec: Tensor  # [D]
     rows: Callable[[slice], tuple[Tensor, Tensor]]  # of W_enc[part] and of W_dec[part], for a slice of the latents
     tokens_since_fired: Tensor  # [F] no gradient, but what the buffer of that name is to become if the step is taken
+    log_threshold: Tensor | None = None  # [F], with activation="jumprelu"
 
 
-def plain_gradients(sae: SAE, x: Tensor) -> tuple[Step, Gradients]:
+def plain_gradients(sae: SAE, x: Tensor, penalty: Penalty | None = None) -> tuple[Step, Gradients]:
     """The loss and its gradients by autograd, straight from the definitions: the twin of sparse_gradients.
 
-    Args: x [B, D], standardised if the SAE does that. Nothing in the SAE is changed.
+    Args: x [B, D], standardised if the SAE does that; penalty, for activation="jumprelu". Nothing in the SAE is changed.
     """
-    f = sae.select(sae.pre_activations(x))
+    parameters, sparsity = [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec], 0.0
+    if penalty:
+        parameters.append(sae.log_threshold)
+        f, active = JumpReLU.apply(sae.pre_activations(x), sae.log_threshold.exp(), penalty.width)
+        sparsity = penalty.coef * active.sum(1).mean()
+    else:
+        f = sae.select(sae.pre_activations(x))
     residual = x - sae.decode(f)
     mse, aux = residual.square().sum(1).mean(), x.new_zeros(())
     dead = is_dead(sae, sae.tokens_since_fired).nonzero().squeeze(1)
     if len(dead) and sae.config.aux_k:
         rows = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
         aux = auxiliary_loss(x, residual.detach(), *rows, sae.config)
-    d_W_enc, d_b_enc, d_W_dec, d_b_dec = torch.autograd.grad(mse + sae.config.aux_coef * aux,
-                                                             (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    loss = mse + sae.config.aux_coef * aux + sparsity
+    d_W_enc, d_b_enc, d_W_dec, d_b_dec, *d_log_threshold = torch.autograd.grad(loss, parameters)
     kept = f.detach()[f > 0]
     silent, threshold = silence(sae, (f > 0).any(0), len(x)), float(kept.min()) if len(kept) else math.nan
     step = Step(mse.item(), aux.item(), len(kept), int(is_dead(sae, silent).sum()), threshold, bar=0.0, n_found=f.numel(), walks=1)
-    return step, Gradients(d_b_enc, d_b_dec, lambda part: (d_W_enc[part], d_W_dec[part]), silent)
+    return step, Gradients(d_b_enc, d_b_dec, lambda part: (d_W_enc[part], d_W_dec[part]), silent, *d_log_threshold)
 
 
 class Kept(NamedTuple):
@@ -551,10 +602,11 @@ class Kept(NamedTuple):
     row: Tensor  # [N] int64
     latent: Tensor  # [N] int64
     value: Tensor  # [N] float32; 0 marks a place that stayed empty, for want of positive entries, and counts for nothing
+    near: Tensor | None = None  # [N] bool, with activation="jumprelu": whether it moves its latent's threshold, active or not
 
 
 @torch.no_grad()
-def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None) -> tuple[Step, Gradients]:
+def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None, penalty: Penalty | None = None) -> tuple[Step, Gradients]:
     """plain_gradients with only the encoder product dense: the rest touches the N kept entries. `last` is the step before.
 
         collect what lies above the bar (walk), keep the N largest of it (keep)
@@ -571,12 +623,12 @@ def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None) -> tuple[Ste
     else:
         bar, n_dead = first_bar(sae, centred), int(is_dead(sae, sae.tokens_since_fired).sum())
     dead = is_dead(sae, sae.tokens_since_fired).nonzero_static(size=n_dead).squeeze(1)
-    expected = n if cfg.activation == "batchtopk" else 8 * sample_rank(int(cfg.k)) * len(x)  # candidates, at least
+    expected = 8 * sample_rank(int(cfg.k)) * len(x) if cfg.activation == "topk" else n  # candidates, at least
     room = max(2 * expected, int(1.5 * last.n_found) if last else 0) if runs_ahead(cfg, x.device) else None
-    rounding = 1.01 if dtype == torch.bfloat16 and cfg.activation == "batchtopk" else 0.0  # an allowance for entries rounded below the bar
+    rounding = 1.01 if dtype == torch.bfloat16 and cfg.activation != "topk" else 0.0  # an allowance for entries rounded below the bar
     for walks in itertools.count(1):
-        kept, found = keep(sae, centred, bar, dtype, room)
-        mse, aux, gradients = backward(sae, x, centred, kept, dead)
+        kept, found = keep(sae, centred, bar, dtype, room, penalty)
+        mse, aux, gradients = backward(sae, x, centred, kept, dead, penalty)
         fired = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, kept.value) > 0
         silent, positive = silence(sae, fired, len(x)), kept.value > 0
         threshold = torch.where(positive, kept.value, math.inf).min() if len(positive) else mse.new_tensor(math.inf)
@@ -584,17 +636,18 @@ def sparse_gradients(sae: SAE, x: Tensor, last: Step | None = None) -> tuple[Ste
         mse, aux, n_kept, n_dead, threshold, n_found = torch.stack([t.double() for t in numbers]).tolist()  # the host waits
         if room and n_found > room:
             room *= 4
-        elif bar > 0 and (n_kept < n or threshold < rounding * bar):
+        elif bar > 0 and not penalty and (n_kept < n or threshold < rounding * bar):
             bar = lower(bar, walks)
         else:
             break
-    if cfg.activation == "batchtopk" and n:
+    if cfg.activation != "topk" and not penalty and n:
         bar = 0.95 * threshold if n_kept == n else 0.0  # fewer than N were positive: look at all of them again
     step = Step(mse, aux, int(n_kept), int(n_dead), threshold if n_kept else math.nan, bar, int(n_found), walks)
     return step, gradients._replace(tokens_since_fired=silent)
 
 
-def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> tuple[Tensor, Tensor, Gradients]:
+def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor,
+             penalty: Penalty | None = None) -> tuple[Tensor, Tensor, Gradients]:
     """(mse, aux, their gradients) from x and x - b_dec [B, D], the entries kept and the dead latents [n], one formula a line.
 
     A kept entry i has row r_i, latent l_i, value v_i. sum_rows adds up weighted rows of a matrix by ragged groups: by row
@@ -610,7 +663,8 @@ def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> 
             d_W_enc, d_b_enc_dead, d_W_dec, d_b_dec_dead = torch.autograd.grad(cfg.aux_coef * aux, rows)
             d_dead = dead, d_W_enc, d_W_dec
     g = residual.mul_(-2 / len(x))  # ∂mse/∂X̂
-    d_value = sampled_product(g, sae.W_dec, kept.row, kept.latent, cfg.kernels) * (kept.value > 0)  # ∂mse/∂v_i = g[r_i] · W_dec[l_i]
+    d_f = sampled_product(g, sae.W_dec, kept.row, kept.latent, cfg.kernels)  # ∂mse/∂f_i = g[r_i] · W_dec[l_i]
+    d_value = d_f * (kept.value > 0)
     d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, kept.latent, d_value)  # Σ over tokens of ∂mse/∂f
     d_b_dec = g.sum(0) - d_b_enc @ sae.W_enc  # decoder's share, encoder's share: a vector times a matrix
     if d_dead:
@@ -619,7 +673,12 @@ def backward(sae: SAE, x: Tensor, centred: Tensor, kept: Kept, dead: Tensor) -> 
     order = kept.latent.argsort(stable=True)
     entries = Kept(kept.row[order], kept.latent[order], kept.value[order])
     weights = weight_gradients(sae, entries, d_value[order], g, centred, d_dead)
-    return mse, aux.detach(), Gradients(d_b_enc, d_b_dec, weights, sae.tokens_since_fired)
+    if not penalty:
+        return mse, aux.detach(), Gradients(d_b_enc, d_b_dec, weights, sae.tokens_since_fired)
+    theta = sae.log_threshold.exp()
+    falling = kept.near * (theta[kept.latent] * d_f + penalty.coef / len(x)) / penalty.width  # as in JumpReLU.backward
+    d_log_threshold = -theta * torch.zeros_like(theta).index_add_(0, kept.latent, falling)
+    return mse, aux.detach(), Gradients(d_b_enc, d_b_dec, weights, sae.tokens_since_fired, d_log_threshold)
 
 
 def weight_gradients(sae: SAE, entries: Kept, d_value: Tensor, g: Tensor, centred: Tensor,
@@ -687,10 +746,10 @@ def encode_rows(sae: SAE, x: Tensor, selection: str = "batch") -> Kept:
     centred = x - sae.b_dec
     if not len(x):
         return Kept(*(torch.empty(0, dtype=dtype, device=x.device) for dtype in (torch.int64, torch.int64, torch.float32)))
-    if selection == "theta" and sae.config.activation != "topk":
-        theta = float(sae.checked_theta())
-        row, latent, value, _ = walk(sae, centred, 0.999 * theta)
-        active = value > theta
+    if sae.config.activation == "jumprelu" or selection == "theta" and sae.config.activation == "batchtopk":
+        theta = sae.threshold().expand(len(sae.b_enc))
+        row, latent, value, _ = walk(sae, centred, 0.999 * theta[:, None])
+        active = value > theta[latent]
         return Kept(row[active], latent[active], value[active])
     bar = first_bar(sae, centred)
     for walks in itertools.count(1):
@@ -717,13 +776,19 @@ def lower(bar: float, walks: int) -> float:
     return 0.7 * bar if walks < 4 else 0.0
 
 
-def keep(sae: SAE, centred: Tensor, bar: float, dtype: torch.dtype = torch.float32,
-         room: int | None = None) -> tuple[Kept, Tensor]:
+def keep(sae: SAE, centred: Tensor, bar: float, dtype: torch.dtype = torch.float32, room: int | None = None,
+         penalty: Penalty | None = None) -> tuple[Kept, Tensor]:
     """The N largest entries of rows x - b_dec [B, D], or with topk the k largest of each row, out of those above the bar;
     and how many lie above it []. If the bar is not 0 and fewer than N of the values kept are positive, it was too high.
+    With a penalty, all that exceeds its latent's threshold, and what is near it.
     """
     n, n_rows = sae.config.n_kept(len(centred)), len(centred)
-    if sae.config.activation == "batchtopk":
+    if penalty:
+        theta = sae.log_threshold.exp()
+        row, latent, value, found = walk(sae, centred, (theta - 0.51 * penalty.width).clamp_min(0.0)[:, None], dtype, room)
+        near = ((value - theta[latent]).abs() < penalty.width / 2) & (value > 0)
+        return Kept(row, latent, torch.where(value > theta[latent], value, 0.0), near), found
+    if sae.config.activation != "topk":
         row, latent, value, found = walk(sae, centred, bar, dtype, room)
         i = largest(value, min(n, len(value)))
         return Kept(row[i], latent[i], value[i].relu()), found
@@ -771,12 +836,12 @@ def walk(sae: SAE, centred: Tensor, bar: float | Tensor, dtype: torch.dtype = to
     With dtype bfloat16 the product only nominates: values are computed again in float32, so that an entry is missed if
     rounding took it below the bar, never misjudged.
 
-    Args: bar, a number or one for each row [B]; room, if given, how many entries are returned, whatever there is, so that
+    Args: bar, a number or one for each row [B] or each latent [F, 1]; room, if given, how many entries are returned, whatever there is, so that
         the host need not wait to know: the places left over hold the value 0, and `found` tells if some had no room.
     Returns: row, latent [M] int64 and value [M], by row, then latent; found [], how many there are.
     """
     n_rows, n_latents, device = len(centred), len(sae.b_enc), centred.device
-    columns = operand(centred, dtype).T
+    columns, by_latent = operand(centred, dtype).T, isinstance(bar, Tensor) and bar.ndim == 2
     chunk = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES["cpu" if device.type == "cpu" else "cuda"] // n_rows))
     scratch = torch.empty(chunk, n_rows, dtype=columns.dtype, device=device)
     indices, values, found = [], [], torch.zeros((), dtype=torch.int64, device=device)
@@ -784,7 +849,7 @@ def walk(sae: SAE, centred: Tensor, bar: float | Tensor, dtype: torch.dtype = to
         part = slice(start, min(start + chunk, n_latents))
         z = torch.mm(operand(sae.W_enc[part], dtype), columns, out=scratch[: part.stop - start])
         room_here = min(z.numel(), 4 * room * len(z) // n_latents + 256) if room else None
-        index, n = compact(z, bar - sae.b_enc[part, None], room_here, sae.config.kernels)
+        index, n = compact(z, (bar[part] if by_latent else bar) - sae.b_enc[part, None], room_here, sae.config.kernels)
         value = z.view(-1)[index].float()
         values.append(value.masked_fill(index < 0, math.nan) if room else value)
         indices.append(index + start * n_rows)
@@ -1212,7 +1277,7 @@ def shuffled_activations(lm: LanguageModel, contexts: Tensor, model_batch: int) 
 class StepStats(NamedTuple):
     """What Trainer.step reports, about the batch it was given, in the units of the SAE's inputs."""
 
-    loss: float  # mse + α·aux
+    loss: float  # mse + α·aux, with jumprelu + λ·l0
     mse: float  # mean over tokens of ‖x - x̂‖²
     aux: float  # mean over tokens of ‖e - ê‖², e the residual; 0 without dead latents
     fvu: float  # mse over the variance of the first batches: 1 is predicting the mean
@@ -1223,6 +1288,7 @@ class StepStats(NamedTuple):
     walks: int  # passes over the encoder product, see Step
 
 
+L0_RATE = 0.1  # per step: how fast jumprelu's penalty follows L0 / k
 UPDATE_ENTRIES = 1 << 20  # of a weight matrix, updated at a time on a CPU: 4 MiB each of it, its gradient and two moments
 
 
@@ -1243,6 +1309,7 @@ class Trainer:
             torch.cuda.set_device(self.device)  # Triton launches on the current one
         self.tokens_seen = self.steps = self.rewalks = self.theta_updates = 0
         self.last: Step | None = None  # tells the next step where candidates begin and how many latents are dead
+        self.l0_coef: float | None = None  # λ of jumprelu's penalty, in units of the inputs' variance
         self.scale: float | None = None  # s, set from the first batch together with b_dec
         self.variance: float | None = None  # of that batch around its mean
         self.moments = {f"{name}.{key}": torch.zeros_like(parameter, requires_grad=False)
@@ -1273,10 +1340,11 @@ class Trainer:
             self.initialize_(x)
         sae = self.sae
         x = sae.standardize(x.to(self.device, torch.float32))[0]
+        penalty = self.penalty()
         if self.cfg.step == "plain":
-            last, gradients = plain_gradients(sae, x)
+            last, gradients = plain_gradients(sae, x, penalty)
         else:
-            last, gradients = sparse_gradients(sae, x, self.last)
+            last, gradients = sparse_gradients(sae, x, self.last, penalty)
         if not math.isfinite(last.mse):
             raise InputError(f"the loss is {last.mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
         sae.tokens_since_fired.copy_(gradients.tokens_since_fired)
@@ -1286,11 +1354,31 @@ class Trainer:
         self.tokens_seen += len(x)
         self.steps += 1
         self.rewalks += last.walks > 1
-        if last.n_kept:
+        if penalty and not self.cfg.l0_coef:
+            self.l0_coef *= (max(last.n_kept, 1) / len(x) / self.cfg.k) ** L0_RATE
+        if self.cfg.activation == "jumprelu":
+            if last.n_kept and not penalty:
+                sae.log_threshold.data.fill_(math.log(last.threshold))
+        elif last.n_kept:
             self.theta_updates += 1
             update_theta_(sae, last.threshold, self.theta_updates)
-        return StepStats(last.mse + self.cfg.aux_coef * last.aux, last.mse, last.aux, last.mse / self.variance,
+        sparsity = penalty.coef * last.n_kept / len(x) if penalty else 0.0
+        return StepStats(last.mse + self.cfg.aux_coef * last.aux + sparsity, last.mse, last.aux, last.mse / self.variance,
                          last.n_kept / len(x), last.n_dead, last.threshold, lr, last.walks)
+
+    def penalty(self) -> Penalty | None:
+        """What the next step adds to the loss for activation="jumprelu"; None while it still selects as batchtopk does.
+
+        Thresholds that all began near 0 would let half of all latents fire, and ones that began high would stay there while
+        the pre-activations shrink, as they do at first: so they follow BatchTopK's threshold until config.jump_start.
+        """
+        cfg = self.cfg
+        if cfg.activation != "jumprelu" or self.last is None or self.tokens_seen < cfg.jump_start * cfg.tokens:
+            return None
+        if self.l0_coef is None:
+            theta = float(self.sae.log_threshold.detach()[0].exp())
+            self.l0_coef = cfg.l0_coef or theta**2 / (2 * self.variance)  # a first guess: dropping an entry z costs about z²
+        return Penalty(self.l0_coef * self.variance, cfg.bandwidth * math.sqrt(self.variance))
 
     @torch.no_grad()
     def update_parameters_(self, gradients: Gradients, lr: float) -> None:
@@ -1314,6 +1402,8 @@ class Trainer:
             self._adam_({"W_enc": d_W_enc, "W_dec": d_W_dec}, part, lr, 1e-8 / s**2)
             W_dec.div_(W_dec.norm(dim=1, keepdim=True))
         self._adam_({"b_enc": gradients.b_enc, "b_dec": gradients.b_dec}, slice(None), lr / s, 1e-8 / s)
+        if gradients.log_threshold is not None:
+            self._adam_({"log_threshold": gradients.log_threshold}, slice(None), lr, 1e-8 / s**2)
 
     def _adam_(self, gradients: dict[str, Tensor], part: slice, lr: float, eps: float) -> None:
         """One step of Adam on rows of some parameters. It divides gradients by their size, so of their units ε alone knows."""
@@ -1323,36 +1413,45 @@ class Trainer:
         adam(list(parameters), list(gradients.values()), list(first), list(second), [], steps, fused=True, amsgrad=False,
              beta1=self.cfg.beta1, beta2=self.cfg.beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
 
-    def save(self, path: str | os.PathLike, stream: ActivationStream | None = None) -> None:
-        """Everything a resumed run needs to be the run, in one safetensors file, whole or not at all."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a resumed run needs to be the run: tensors and numbers."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         tensors |= {f"adam.{name}": moment for name, moment in self.moments.items()}
-        counters = ("tokens_seen", "steps", "rewalks", "theta_updates", "last", "scale", "variance")
-        scalars = {name: getattr(self, name) for name in counters}
+        counters = ("tokens_seen", "steps", "rewalks", "theta_updates", "last", "scale", "variance", "l0_coef")
+        return tensors, {name: getattr(self, name) for name in counters}
+
+    def set_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """The inverse of state."""
+        for name, value in numbers.items():
+            setattr(self, name, Step(*value) if name == "last" and value else value)
+        self.sae.load_state_dict(under(tensors, "sae."))
+        self.moments = {name: tensor.to(self.device) for name, tensor in under(tensors, "adam.").items()}
+
+    def save(self, path: str | os.PathLike, stream: ActivationStream | None = None) -> None:
+        """Write the state, and the stream's, as one safetensors file, whole or not at all."""
+        tensors, numbers = self.state()
         if stream is not None:
             tensors |= {f"stream.{name}": tensor for name, tensor in stream.state_dict().items()}
-        save_tensors(Path(path), tensors, {"trainer": json.dumps(scalars)})
+        save_tensors(Path(path), tensors, {"trainer": json.dumps(numbers)})
 
     def load(self, path: str | os.PathLike, stream: ActivationStream | None = None) -> None:
         """Continue from what save wrote. Unavailable if there is no such file."""
         if not Path(path).is_file():
             raise Unavailable(f"{str(path)!r} does not exist: this run left no state to continue from")
         tensors, metadata = load_tensors(Path(path))
-        parts: dict[str, dict[str, Tensor]] = {"sae": {}, "adam": {}, "stream": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        for name, value in json.loads(metadata["trainer"]).items():
-            setattr(self, name, Step(*value) if name == "last" and value else value)
         try:
-            self.sae.load_state_dict(parts["sae"])
+            self.set_state(tensors, json.loads(metadata["trainer"]))
         except RuntimeError as error:
             raise InputError(f"{str(path)!r} is the state of another configuration: {error}") from error
-        self.moments = {name: tensor.to(self.device) for name, tensor in parts["adam"].items()}
         if stream is not None:
-            if not parts["stream"]:
+            if not (position := under(tensors, "stream.")):
                 raise Unavailable(f"{str(path)!r} belongs to a run that is finished; there is nothing to resume")
-            stream.load_state_dict(parts["stream"])
+            stream.load_state_dict(position)
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def train(cfg: Config, batches: Iterable[Tensor], held_out: Iterable[Tensor] | None = None, *,
@@ -1382,7 +1481,8 @@ def train(cfg: Config, batches: Iterable[Tensor], held_out: Iterable[Tensor] | N
         stats = trainer.step(x[: cfg.tokens - trainer.tokens_seen])
         if on_step:
             on_step(trainer, stats)
-    calibrate(trainer.sae, held_out)
+    if cfg.activation != "jumprelu":
+        calibrate(trainer.sae, held_out)
     return trainer.sae
 
 
@@ -1444,6 +1544,91 @@ def train_run(cfg: Config, lm: LanguageModel, folder: str | os.PathLike, *, resu
     trainer.save(state)
     sae.save(folder)
     return evaluate_run(sae, lm, folder, evaluation, started)
+
+
+OWN = {"n_latents", "k", "activation", "bandwidth", "jump_start", "l0_coef", "batch_size", "lr", "beta1", "beta2", "warmup", "decay", "aux_k",
+       "aux_coef", "dead_tokens", "step", "encoder_dtype", "kernels", "seed"}  # in which SAEs trained together may differ
+
+
+def train_together(configs: dict[str, Config], lm: LanguageModel, folder: str | os.PathLike, *,
+                   on_step: Callable[[int, dict[str, StepStats]], None] | None = None) -> list[dict[str, Any]]:
+    """Train several SAEs on the same activations, from one pass over the model, each into folder/name; evaluate them.
+
+    Called again with the same configurations it continues where it was stopped, or returns what it had found.
+    Args:
+        configs: by name; they differ in fields of OWN alone, and each batch size divides the largest.
+        on_step: called with the tokens seen and each SAE's last statistics, once for each of the largest batches; state is
+            saved when it raises KeyboardInterrupt, and every checkpoint_minutes.
+    Returns: evaluate_run's results, with "name", "step_seconds" spent in its training steps, and "config" added; they are
+        also the lines of folder/results.jsonl.
+    Raises: InputError for configurations that cannot share a stream or differ from those the folder was begun with.
+    """
+    folder, first = Path(folder), next(iter(configs.values()))
+    largest = max((cfg for cfg in configs.values()), key=lambda cfg: cfg.batch_size)
+    for name, cfg in configs.items():
+        differing = [name for name, value in vars(cfg).items() if name not in OWN and value != getattr(first, name)]
+        if differing or largest.batch_size % cfg.batch_size:
+            raise InputError(f"{name} cannot be trained beside the others: " + (f"{', '.join(differing)} differs" if differing else
+                             f"its batch_size, {cfg.batch_size}, does not divide {largest.batch_size}"))
+    described = {name: json.loads(cfg.to_json()) for name, cfg in configs.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "configs.json").is_file() and json.loads((folder / "configs.json").read_text(encoding="utf-8")) != described:
+        raise InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
+    write_atomically(folder / "configs.json", json.dumps(described, indent=2).encode())
+    state, results = folder / "state.safetensors", folder / "results.jsonl"
+    if results.is_file():
+        return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+    stream = ActivationStream(dataclasses.replace(largest, seed=0), lm)
+    trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
+    spent = dict.fromkeys(configs, 0.0)
+    if state.is_file():
+        tensors, metadata = load_tensors(state)
+        numbers = json.loads(metadata["trainers"])
+        for name, trainer in trainers.items():
+            spent[name] = numbers[name].pop("step_seconds")
+            trainer.set_state(under(tensors, f"{name}/"), numbers[name])
+        stream.load_state_dict(under(tensors, "stream/"))
+
+    def save() -> None:
+        tensors, numbers = {f"stream/{key}": value for key, value in stream.state_dict().items()}, {}
+        for name, trainer in trainers.items():
+            parts, numbers[name] = trainer.state()
+            tensors |= {f"{name}/{key}": value for key, value in parts.items()}
+            numbers[name]["step_seconds"] = spent[name]
+        save_tensors(state, tensors, {"trainers": json.dumps(numbers)})
+
+    saved, batches = time.monotonic(), iter(stream)
+    while (seen := next(iter(trainers.values())).tokens_seen) < first.tokens:
+        x, stats = next(batches)[: first.tokens - seen].float(), {}
+        for name, trainer in trainers.items():
+            started = time.perf_counter()
+            if trainer.scale is None:
+                trainer.initialize_(x)
+            for part in x.split(trainer.cfg.batch_size):
+                stats[name] = trainer.step(part)
+            spent[name] += time.perf_counter() - started
+        try:
+            if on_step:
+                on_step(seen + len(x), stats)
+        except KeyboardInterrupt:
+            save()
+            raise
+        if time.monotonic() - saved > 60 * first.checkpoint_minutes:
+            save()
+            saved = time.monotonic()
+    calibration, evaluation = held_out_contexts(first, lm.tokenizer)
+    held_out, lines = shuffled_activations(lm, calibration, first.model_batch), []
+    for name, trainer in trainers.items():
+        if trainer.cfg.activation == "batchtopk":
+            calibrate(trainer.sae, [held_out])
+        trainer.sae.save(folder / name)
+        result = evaluate_run(trainer.sae, lm, folder / name, evaluation)
+        lines.append({"name": name, "step_seconds": round(spent[name], 2), "dead": trainer.last.n_dead / trainer.cfg.n_latents, **result,
+                      "config": described[name]})
+    write_atomically(results, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    state.unlink(missing_ok=True)
+    return lines
 
 
 def check_run_folder(folder: Path, resume: bool = False) -> None:
@@ -1549,15 +1734,16 @@ def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike, context
                  started: float | None = None) -> dict[str, Any]:
     """Evaluate the SAE of a run on held-out text of its own data set: JSON-ready.
 
-    Returns {"run", "tokens" trained on, "seconds", "k", "theta_value", "eval_tokens", "batch": …, "theta": …}, the last
-    two as in evaluate, less the per-latent densities.
+    Returns {"run", "tokens" trained on, "seconds", "k", "theta_value" (the mean threshold of jumprelu), "eval_tokens",
+    "batch": …, "theta": …}, the last two as in evaluate, less the per-latent densities.
     """
     cfg, started = sae.config, started or time.perf_counter()
     contexts = held_out_contexts(cfg, lm.tokenizer)[1] if contexts is None else contexts
     x = shuffled_activations(lm, contexts, cfg.model_batch)
     metrics = to_json_values(evaluate(sae, [x], lm, contexts[: math.ceil(cfg.ce_tokens / cfg.context)]))
+    theta = sae.threshold().detach() if cfg.activation == "jumprelu" else sae.theta
     return {"run": str(folder), "tokens": cfg.tokens, "seconds": round(time.perf_counter() - started, 2), "k": cfg.k,
-            "theta_value": float(sae.theta), "eval_tokens": metrics.pop("tokens"), **metrics}
+            "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}
 
 
 def to_json_values(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -1583,7 +1769,7 @@ class ExportedSAE(nn.Module):
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             self.register_buffer(name, getattr(sae, name).detach().float().cpu().clone())
         self.k = int(sae.config.k) if sae.config.activation == "topk" else 0
-        self.register_buffer("theta", (sae.theta if self.k else sae.checked_theta()).detach().cpu().clone())
+        self.register_buffer("theta", (sae.theta if self.k else sae.threshold()).detach().cpu().clone())
         self.per_token: bool = sae.config.normalize == "token"
 
     def forward(self, x: Tensor) -> Tensor:

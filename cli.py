@@ -3,6 +3,7 @@
     python cli.py train                      # a BatchTopK SAE on the embedded GPT-2, in about a minute
     python cli.py eval runs/tiny             # its metrics on held-out text
     python cli.py export runs/tiny           # a TorchScript encoder that depends on no batch
+    python cli.py compare                    # BatchTopK, TopK and JumpReLU on the same activations, three seeds
     python cli.py bench                      # how fast a training step is on this machine, and why
 
 Results go to stdout, progress to stderr; --json prints one JSON object on stdout and nothing else there. A mistake ends
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any, Callable, Optional
+from typing import Annotated, Any, Callable, Iterable, Optional
 
 import torch
 import torch.nn.functional as functional
@@ -39,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import batchtopk as bt
 
-app = typer.Typer(help="BatchTopK sparse autoencoders: train, evaluate, export, measure.", no_args_is_help=True,
+app = typer.Typer(help="BatchTopK sparse autoencoders: train, evaluate, export, compare, measure.", no_args_is_help=True,
                   pretty_exceptions_show_locals=False, add_completion=False)
 out, err = Console(), Console(stderr=True)
 
@@ -82,15 +83,17 @@ def say(text: str, style: str | None = None) -> None:
     err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def config_options(command: Callable) -> Callable:
-    """Give `command` an option for every field of Config, in place of its **options; those not typed stay None."""
+def config_options(command: Callable, but: Iterable[str] = ()) -> Callable:
+    """Give `command` an option for every other field of Config in place of its **options; those not typed stay None."""
     own = inspect.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     types = {"int": int, "float": float, "str": str, "bool": bool}
     derived = {"d_model": "read off the model", "n_latents": "the preset's"}
-    panels = {"d_model": "Dictionary", "tokens": "Training", "model": "Activations", "theta_rate": "θ and evaluation"}
+    panels = {"d_model": "Dictionary", "normalize": "Dictionary", "tokens": "Training", "model": "Activations", "theta_rate": "θ and evaluation"}
     panel = ""
     for field in dataclasses.fields(bt.Config):
+        if field.name in but:
+            continue
         rules, flag, panel = field.metadata, "--" + field.name.replace("_", "-"), panels.get(field.name, panel)
         option = typer.Option(
             f"{flag}/--no-{flag[2:]}" if field.type == "bool" else flag, help=rules["doc"] + ".", rich_help_panel=panel,
@@ -164,7 +167,7 @@ def evaluate(run: Run, device: Device = bt.Config.device, as_json: Json = False)
     """Evaluate a run on held-out text: batch selection and θ side by side."""
     device = str(bt.resolve_device(device))
     sae = bt.SAE.load(run, device=device)
-    sae.checked_theta()
+    sae.threshold()  # an unset θ is an error before the model is loaded
     with err.status(f"evaluating {run} on held-out text"):
         lm = bt.LanguageModel.from_config(dataclasses.replace(sae.config, device=device))
         result = bt.evaluate_run(sae, lm, run)
@@ -187,6 +190,163 @@ def export(
     else:
         out.print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB). Loaded again and compared with the SAE on 256 "
                   f"rows: largest difference {difference:g}.", highlight=False, soft_wrap=True)
+
+
+LISTS = {"activation": str, "k": float, "n_latents": int, "batch_size": int, "lr": float}  # what compare varies
+
+
+@app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
+@functools.partial(config_options, but={*LISTS, "seed", "d_model"})
+@one_line_errors
+def compare(
+    *,
+    preset: Annotated[str, typer.Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")] = "tiny",
+    activation: Annotated[str, typer.Option(help="Activations, by commas.")] = "batchtopk,topk,jumprelu",
+    k: Annotated[str, typer.Option(help="Values of k, by commas.", show_default="the preset's")] = "",
+    n_latents: Annotated[str, typer.Option(help="Numbers of latents, by commas.", show_default="the preset's")] = "",
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, by commas; each divides the largest.", show_default="the preset's")] = "",
+    lr: Annotated[str, typer.Option(help="Learning rates, by commas.", show_default="the preset's")] = "",
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, 2 … of each.", min=1)] = 3,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder of the comparison; an interrupted one there continues.")] = Path("runs/compare"),
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Train several SAEs on the same activations, from one pass over the model, and compare them on held-out text."""
+    given = {name: value for name, value in options.items() if value is not None}
+    base = bt.Config.preset(preset, **{"d_model": 1, **given})
+    texts = {"activation": activation, "k": k, "n_latents": n_latents, "batch_size": batch_size, "lr": lr}
+    values = {name: parse_list(name, text) if text else [getattr(base, name)] for name, text in texts.items()}
+    settings = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+    for setting in settings:
+        dataclasses.replace(base, **setting)  # checked before the model is loaded
+    bt.resolve_device(base.device)
+    columns = [TextColumn(text) for text in ("{task.fields[rate]} tokens/s each", "fvu {task.fields[fvu]}")]
+    with Progress(TextColumn("{task.percentage:>3.0f}%"), BarColumn(20), *columns, TimeRemainingColumn(), console=err) as progress:
+        lm = bt.LanguageModel.from_config(base)
+        configs = {}
+        for setting, seed in itertools.product(settings, range(seeds)):
+            name = "-".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in setting.items())
+            configs[f"{name}-seed={seed}"] = dataclasses.replace(base, d_model=lm.d_model, seed=seed, **setting)
+        task = progress.add_task("", total=base.tokens, rate="…", fvu="…")
+
+        def update(tokens: int, stats: dict[str, bt.StepStats]) -> None:
+            fvus = [s.fvu for s in stats.values()]
+            speed = progress.tasks[0].speed
+            progress.update(task, completed=tokens, rate=f"{speed:,.0f}" if speed else "…", fvu=f"{min(fvus):.3f}-{max(fvus):.3f}")
+            if stop:
+                raise KeyboardInterrupt
+
+        stop: list[Any] = []
+        before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # between two batches, so that what is saved is consistent
+        try:
+            results = bt.train_together(configs, lm, out_folder, on_step=update)
+        except KeyboardInterrupt:
+            progress.stop()
+            say(f"stopped and saved in {out_folder}; the same command continues")
+            raise typer.Exit(130) from None
+        finally:
+            signal.signal(signal.SIGINT, before)
+    figures = draw_comparison(results, out_folder)
+    if as_json:
+        print(json.dumps({"folder": str(out_folder), "results": results, "figures": [str(path) for path in figures]}))
+        return
+    show_comparison(results)
+    out.print(f"Every number: {out_folder / 'results.jsonl'}. Figures: {', '.join(str(path) for path in figures)}.", highlight=False, soft_wrap=True)
+
+
+def parse_list(name: str, text: str) -> list[Any]:
+    """The values of an option that takes several, by commas."""
+    try:
+        return [LISTS[name](part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise bt.InputError(f"{name.replace('_', '-')} is {text!r}; give values separated by commas, without blanks") from None
+
+
+def grouped(results: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """Results by what they differ in, other than the seed."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(tuple(result["config"][name] for name in LISTS), []).append(result)
+    return groups
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation over seeds, 0 for one."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def show_comparison(results: list[dict[str, Any]]) -> None:
+    """A row for each setting, mean ± standard deviation over its seeds."""
+    groups = grouped(results)
+    varied = [name for i, name in enumerate(LISTS) if len({key[i] for key in groups}) > 1] or ["activation"]
+    table = Table(box=box.SIMPLE)
+    for name in (*varied, "fvu, θ", "batch", "L0, θ", "ce lost", "dead", "s"):
+        table.add_column(name.replace("n_latents", "F").replace("batch_size", "B"), justify="right" if name not in varied else "left", no_wrap=True)
+    for key, group in groups.items():
+        cells = [f"{value:g}" if isinstance(value, float) else str(value) for name, value in zip(LISTS, key) if name in varied]
+        for side, metric, digits in (("theta", "fvu", 4), ("batch", "fvu", 4), ("theta", "l0", 2), ("theta", "ce_degradation", 3)):
+            middle, spread = mean_and_spread([result[side][metric] for result in group])
+            cells.append(f"{middle:.{digits}f}" + (f" ±{spread:.{digits}f}" if (side, digits) != ("batch", 4) and metric != "l0" else ""))
+        cells += [f"{mean_and_spread([result['dead'] for result in group])[0]:.1%}", f"{mean_and_spread([result['step_seconds'] for result in group])[0]:.0f}"]
+        table.add_row(*cells)
+    out.print(table)
+    out.print(f"Mean ± standard deviation over {len(next(iter(groups.values())))} seeds, on {results[0]['eval_tokens']:,} held-out tokens after "
+              f"{results[0]['tokens']:,} of training; ce lost: ce_degradation, nats per token; s: seconds in the SAE's own steps.", highlight=False, soft_wrap=True)
+
+
+STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"), "jumprelu": ("#525252", "^", ":", "JumpReLU")}
+
+
+def draw_comparison(results: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """The paper's figures, as far as the comparison holds them: error against k and against F, and active latents per token."""
+    from matplotlib.figure import Figure
+
+    groups, paths = grouped(results), []
+    for name, label in (("k", "L0, average active latents per token"), ("n_latents", "F, number of latents"),
+                        ("batch_size", "B, tokens in a batch"), ("lr", "peak learning rate")):
+        if len({result["config"][name] for result in results}) < 2:
+            continue
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, metric, unit in zip(figure.subplots(1, 2), ("fvu", "ce_degradation"), ("fraction of variance unexplained", "nats per token")):
+            lines: dict[tuple, list[tuple]] = {}
+            for key, group in groups.items():
+                setting = dict(zip(LISTS, key))
+                x = setting.pop(name)
+                if name == "k":  # where it really is, which jumprelu only approaches
+                    x = mean_and_spread([result["theta"]["l0"] for result in group])[0]
+                lines.setdefault(tuple(setting.items()), []).append((x, *mean_and_spread([result["theta"][metric] for result in group])))
+            for setting, points in lines.items():
+                color, marker, line, title = STYLES[dict(setting)["activation"]]
+                axes.errorbar(*zip(*[(x, y) for x, y, _ in sorted(points)]), yerr=[spread for *_, spread in sorted(points)], color=color,
+                              marker=marker, linestyle=line, capsize=3, label=title)
+            ticks = sorted({result["config"][name] for result in results})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_xlabel(label)
+            axes.set_ylabel(unit)
+            axes.set_title(metric, loc="left")
+            axes.legend(*zip(*{text: (handle, text) for handle, text in zip(*axes.get_legend_handles_labels())}.values()), frameon=False)
+        paths.append(folder / f"error-against-{name.replace('_', '-')}.png")
+        figure.savefig(paths[-1], dpi=120)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes, shown = figure.subplots(), set()
+    for key, group in groups.items():
+        setting = dict(zip(LISTS, key))
+        if setting["activation"] in shown:
+            continue
+        shown.add(setting["activation"])
+        color, _, line, title = STYLES[setting["activation"]]
+        share = [count / sum(group[0]["theta"]["l0_histogram"]) for count in group[0]["theta"]["l0_histogram"]]
+        axes.plot(share, color=color, linestyle=line, label=f"{title}, k = {setting['k']:g}", linewidth=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("active latents per token")
+    axes.set_ylabel("share of held-out tokens")
+    axes.set_title("Tokens use very different numbers of latents where they may", loc="left")
+    axes.legend(frameon=False)
+    paths.append(folder / "active-latents.png")
+    figure.savefig(paths[-1], dpi=120)
+    return paths
 
 
 @app.command(epilog="Example: python cli.py bench --d-model 768 --n-latents 6144 --batch-size 1024")

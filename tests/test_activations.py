@@ -249,3 +249,42 @@ def test_held_out_contexts_for_theta_and_evaluation_are_disjoint(lm):
     calibration, evaluation = bt.held_out_contexts(small(), lm.tokenizer)
     rows = {tuple(r.tolist()) for r in calibration}
     assert len(calibration) > 20 and len(evaluation) > 20 and not rows & {tuple(r.tolist()) for r in evaluation}
+
+
+def small_configs(lm, **changes):
+    common = {**SMALL, "d_model": lm.d_model, "layer": 2, "checkpoint_minutes": 0, **changes}
+    return {"batch": bt.Config(**common), "jump": bt.Config(**{**common, "activation": "jumprelu", "batch_size": 128}),
+            "token": bt.Config(**{**common, "activation": "topk", "seed": 1})}
+
+
+def test_saes_trained_together_are_those_trained_alone(lm, tmp_path):
+    together = bt.train_together(small_configs(lm), lm, tmp_path / "together")
+    alone = bt.train_together({"token": small_configs(lm)["token"]}, lm, tmp_path / "alone")
+    a, b = bt.SAE.load(tmp_path / "together" / "token"), bt.SAE.load(tmp_path / "alone" / "token")
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert together[2]["theta"] == alone[0]["theta"] and [r["name"] for r in together] == ["batch", "jump", "token"]
+
+
+def test_an_interrupted_comparison_continues_to_the_same_end(lm, tmp_path):
+    seen = []
+
+    def stop(tokens, stats):
+        seen.append(tokens)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=stop)
+    twice = bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=lambda tokens, stats: seen.append(tokens))
+    once = bt.train_together(small_configs(lm), lm, tmp_path / "once")
+    assert seen == sorted(set(seen)) and not (tmp_path / "twice" / "state.safetensors").exists()
+    assert [r["theta"] for r in twice] == [r["theta"] for r in once]
+
+
+def test_saes_that_cannot_share_activations_are_refused(lm, tmp_path):
+    configs = small_configs(lm)
+    with pytest.raises(bt.InputError, match="other cannot be trained beside the others: layer differs"):
+        bt.train_together({**configs, "other": bt.Config(**{**SMALL, "d_model": lm.d_model, "layer": 1, "checkpoint_minutes": 0})}, lm, tmp_path)
+    with pytest.raises(bt.InputError, match="100, does not divide 256"):
+        bt.train_together({**configs, "other": bt.Config(**{**SMALL, "d_model": lm.d_model, "layer": 2, "checkpoint_minutes": 0, "batch_size": 100})}, lm, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -219,3 +219,29 @@ def test_peak_memory_is_what_a_call_held_at_once():
         return kept, before + 1  # 128 and 4 MiB at once
 
     assert cli.peak_memory(hold, torch.device("cpu")) == pytest.approx(132 << 20, rel=1e-5)
+
+
+COMPARISON = ["--activation", "batchtopk,topk", "--k", "4,8", "--seeds", "2"]
+COMPARISON += [text for name, value in SMALL.items() if name != "k" for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypatch):
+    result = invoke("compare", "--out", tmp_path, *COMPARISON, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert len(printed["results"]) == 8 and {r["config"]["activation"] for r in printed["results"]} == {"batchtopk", "topk"}
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == printed["results"]
+    assert {Path(f).name for f in printed["figures"]} == {"error-against-k.png", "active-latents.png"}
+    assert all(Path(f).read_bytes().startswith(b"\x89PNG") for f in printed["figures"])
+    for r in printed["results"]:
+        assert r["batch"]["l0"] == pytest.approx(r["k"], rel=1e-3) and bt.SAE.load(tmp_path / r["name"]).config.seed == r["config"]["seed"]
+    monkeypatch.setattr(bt, "Trainer", None)  # what is finished is not trained again
+    table = invoke("compare", "--out", tmp_path, *COMPARISON)
+    assert table.exit_code == 0 and "±" in table.stdout and not any(len(line) > 80 for line in table.stdout.splitlines() if "topk  " in line)
+    other = invoke("compare", "--out", tmp_path, *COMPARISON, "--beta1", "0.8")
+    assert other.exit_code == 2 and "other configurations" in other.stderr
+
+
+def test_a_list_that_is_none_is_named(tmp_path):
+    result = invoke("compare", "--out", tmp_path, "--k", "4;8")
+    assert result.exit_code == 2 and "'4;8'" in result.stderr

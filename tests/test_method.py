@@ -160,7 +160,7 @@ def test_loading_something_else_names_it(tmp_path, planted_sae):
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk"), (dict(normalize="x"), "scale, token, none"), (dict(k=0.01), "no entry"),
+    (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk, jumprelu"), (dict(normalize="x"), "scale, token, none"), (dict(k=0.01), "no entry"),
     (dict(warmup=0.8), "at most 1"), (dict(lr=math.nan), "lr"), (dict(tokens=0), "tokens"), (dict(batch_size=2.5), "whole"),
     (dict(activation="topk", k=2.5), "whole number"), (dict(kernels="triton", step="plain"), "sparse"), (dict(beta2=1.0), "below 1"),
     (dict(tokens=math.inf), "tokens is inf")])
@@ -354,6 +354,84 @@ def test_room_follows_the_candidates(monkeypatch):
     first = bt.sparse_gradients(sae, x, last)[0]
     assert first.walks > 1 and first.n_found > 96
     assert bt.sparse_gradients(sae, x, first._replace(bar=0.3))[0].walks == 1
+
+
+# JumpReLU
+
+
+def jump_sae(**changes):
+    sae = random_sae(config(activation="jumprelu", **changes))
+    with torch.no_grad():
+        sae.log_threshold.copy_(torch.log(0.5 + torch.rand(40, generator=torch.Generator().manual_seed(3))))
+    return sae
+
+
+@pytest.mark.parametrize("case", ["generic", "some dead", "one row", "all-negative rows"])
+@pytest.mark.parametrize("step, chunk", [("plain", 0), ("sparse", 1 << 20), ("sparse", 16 * 7), ("bfloat16 nominates", 16 * 7),
+                                         ("as on a GPU", 16 * 7), ("triton", 1 << 20)])
+def test_loss_and_gradients_of_jumprelu_are_the_papers(step, case, chunk, monkeypatch):
+    """Rajamanoharan et al. 2024, equations 11 and 12, entry by entry in float64, on pre-activations as they are."""
+    monkeypatch.setattr(bt, "CHUNK_ENTRIES", {"cpu": chunk, "cuda": chunk})
+    monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
+    if step == "as on a GPU":
+        monkeypatch.setattr(bt, "runs_ahead", lambda cfg, device: True)
+    sae, penalty = jump_sae(aux_k=5, **STEPS[step]), bt.Penalty(coef=0.3, width=0.4)
+    x = CASES[case](sae, randn(16, 12, seed=1))
+    p = {n: t.detach().double().requires_grad_() for n, t in sae.named_parameters()}
+    z = (x.double() - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    theta = p["log_threshold"].detach().exp()
+    active = (z.detach() > theta).double()
+    f = (z * active).detach().requires_grad_()
+    mse = (x.double() - f @ p["W_dec"] - p["b_dec"]).square().sum() / len(x)
+    d_f, = torch.autograd.grad(mse, f, retain_graph=True)
+    expected = torch.zeros(40, dtype=torch.float64)
+    for b in range(len(x)):
+        for j in range(40):
+            if abs(z[b, j] - theta[j]) < penalty.width / 2:
+                expected[j] += (-theta[j] / penalty.width * d_f[b, j] - penalty.coef / len(x) / penalty.width) * theta[j]
+    residual = x.double() - (z * active) @ p["W_dec"] - p["b_dec"]
+    loss = residual.square().sum() / len(x)
+    if case == "some dead":
+        rows = p["W_enc"][::3], p["b_enc"][::3], p["W_dec"][::3], p["b_dec"]
+        loss = loss + sae.config.aux_coef * bt.auxiliary_loss(x.double(), residual.detach(), *rows, sae.config)
+    loss.backward()
+    run = (lambda: bt.plain_gradients(sae, x, penalty)) if step == "plain" else (lambda: bt.sparse_gradients(sae, x, None, penalty))
+    result, g = run()
+    found = dict(zip(("W_enc", "W_dec"), g.rows(slice(0, 40)))) | {"b_enc": g.b_enc, "b_dec": g.b_dec, "log_threshold": g.log_threshold}
+    assert result.mse == pytest.approx(float(mse.detach()), rel=1e-5) and result.n_kept == int(active.sum())
+    for name, tensor in {**{n: t.grad for n, t in p.items() if n != "log_threshold"}, "log_threshold": expected}.items():
+        assert (found[name].double() - tensor).norm() <= 1e-5 * tensor.norm().clamp_min(1e-9), name
+    assert case == "all-negative rows" or expected.norm() > 0
+
+
+def test_the_gradient_of_the_count_is_that_of_the_smoothed_count():
+    """Averaged over thresholds within width/2, the count of active latents is differentiable, and this is its derivative."""
+    z, theta, width = randn(5000, 1, seed=4), torch.tensor([0.7], requires_grad=True), 0.2
+    bt.JumpReLU.apply(z, theta, width)[1].sum().backward()
+    offsets = (torch.arange(2000) + 0.5) / 2000 * width - width / 2
+    smoothed = [(z > float(theta.detach()) + shift + offsets).float().mean(1).sum() for shift in (-0.01, 0.01)]
+    assert float(theta.grad) == pytest.approx(float(smoothed[1] - smoothed[0]) / 0.02, rel=0.05)
+
+
+def test_jumprelu_reaches_the_l0_asked_for(planted):
+    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=200_000, lr=3e-3, device="cpu", activation="jumprelu")
+    trainer = bt.Trainer(cfg)
+    sae = bt.train(cfg, (planted.batch(256, i) for i in range(10_000)), trainer=trainer)
+    metrics = bt.evaluate(sae, [planted.batch(4096, 900)])["theta"]
+    assert metrics["l0"] == pytest.approx(4, rel=0.05) and metrics["fvu"] < 0.1
+    assert sae.log_threshold.std() > 0.01, "the thresholds should have parted"
+    assert trainer.l0_coef > 0 and sae.theta.isnan(), "it has thresholds, no θ"
+
+
+def test_thresholds_stay_float32_and_travel(tmp_path):
+    sae = jump_sae()
+    exact = sae.log_threshold.detach().clone()
+    assert torch.equal(copy.deepcopy(sae).bfloat16().log_threshold, exact)
+    sae.save(tmp_path)
+    loaded = bt.SAE.load(tmp_path)
+    x = randn(9, 12)
+    assert torch.equal(loaded.encode(x), sae.encode(x)) and torch.equal(sae.encode(x, "batch"), sae.encode(x))
+    assert bt.export(sae, tmp_path / "encoder.pt") == 0
 
 
 def test_what_rounding_could_have_hidden_below_the_bar_is_walked_again():
