@@ -114,6 +114,8 @@ class Config:
     skip_special: bool = _option(True, "leave out the first position of each context and special tokens, whose norm is "
                                  "many times the rest")
     model_batch: int = _option(32, "contexts in one forward pass of the model", min=1)
+    shuffle_contexts: int = _option(8192, "contexts of text that are read and shuffled at a time, before the model runs on "
+                                    "them: a few long documents can fill the buffer", min=1)
     buffer_tokens: int = _option(65_536, "activations in the shuffle buffer, refilled by halves", min=2)
     # θ and evaluation
     theta_rate: float = _option(0.01, "rate of θ's running estimate during training", min=1e-6, max=1)
@@ -1113,18 +1115,25 @@ class Contexts:
     """Documents packed into blocks of contexts [model_batch, context] of token ids, tokenised in a background thread.
 
     Each document is preceded by the tokenizer's begin token (its end token if it has none); nothing is padded. With
-    endless=True the documents repeat; otherwise the last block may hold fewer contexts.
-    `state` is the position after the last block taken: {"documents": how many were read, "rest": ids not yet used}.
+    endless=True the documents repeat and shuffle_contexts of the contexts at a time are shuffled: ids are small, so they
+    can be mixed far more widely than activations. Otherwise all is in order, and the last block may hold fewer contexts.
+    `state` is the position after the last block taken: {"documents": how many were read before this chunk, "rest": ids
+    not used by then, "chunk": its number, "served": contexts of it that were taken}.
     """
 
     def __init__(self, cfg: Config, tokenizer: Any, split: str, endless: bool = False,
                  state: dict[str, Any] | None = None) -> None:
         self.cfg, self.tokenizer, self.split, self.endless = cfg, tokenizer, split, endless
-        self.state = state or {"documents": 0, "rest": torch.empty(0, dtype=torch.int64)}
+        self.state = state or {"documents": 0, "rest": torch.empty(0, dtype=torch.int64), "chunk": 0, "served": 0}
 
     def __iter__(self) -> Iterator[Tensor]:
-        for block, self.state in prefetch(self._blocks(), depth=8):
-            yield block
+        served = self.state["served"]
+        for chunk, position in prefetch(self._chunks(), depth=1):
+            for block in chunk[served:].split(self.cfg.model_batch):
+                served += len(block)
+                self.state = {**position, "served": served}
+                yield block
+            served = 0
 
     def _texts(self) -> Iterator[str]:
         skip = self.state["documents"]
@@ -1141,22 +1150,26 @@ class Contexts:
             if not self.endless:
                 return
 
-    def _blocks(self) -> Iterator[tuple[Tensor, dict]]:
+    def _chunks(self) -> Iterator[tuple[Tensor, dict]]:
         import numpy  # not torch.cat: in a second thread it starts a second pool of threads, which halved training speed
 
-        cfg, rest, n_documents = self.cfg, self.state["rest"].numpy(), self.state["documents"]
+        cfg, rest, n_documents, number = self.cfg, self.state["rest"].numpy(), self.state["documents"], self.state["chunk"]
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        size, texts = cfg.model_batch * cfg.context, self._texts()
+        n_blocks, texts = math.ceil(cfg.shuffle_contexts / cfg.model_batch) if self.endless else 1, self._texts()
+        size, position = n_blocks * cfg.model_batch * cfg.context, self.state
         while group := list(itertools.islice(texts, 64)):
             rows = self.tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
             rest = numpy.concatenate([rest, *([begin, *row] for row in rows)])
             n_documents += len(group)
             while len(rest) >= size:
-                block, rest = torch.from_numpy(rest[:size]).view(-1, cfg.context), rest[size:]
-                yield block, {"documents": n_documents, "rest": torch.from_numpy(rest)}
+                chunk, rest = rest[:size].reshape(-1, cfg.context), rest[size:]
+                if self.endless:
+                    chunk = numpy.random.default_rng([cfg.seed, number]).permutation(chunk)
+                number += 1
+                yield torch.from_numpy(chunk), position
+                position = {"documents": n_documents, "rest": torch.from_numpy(rest), "chunk": number}
         if n := len(rest) // cfg.context:
-            block, rest = torch.from_numpy(rest[: n * cfg.context]).view(n, -1), rest[n * cfg.context :]
-            yield block, {"documents": n_documents, "rest": torch.from_numpy(rest)}
+            yield torch.from_numpy(rest[: n * cfg.context]).view(n, -1), position
 
 
 def prefetch(items: Iterable, depth: int) -> Iterator:
@@ -1220,14 +1233,15 @@ class ActivationStream:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream stands: continuing from it gives the batches that would have followed."""
-        position = torch.tensor([-1 if self.cursor is None else self.cursor, self.contexts.state["documents"]])
+        at = self.contexts.state
+        position = torch.tensor([-1 if self.cursor is None else self.cursor, at["documents"], at["chunk"], at["served"]])
         return {"buffer": self.buffer, "order": self.order, "spill": self.spill, "position": position,
-                "rest": self.contexts.state["rest"], "generator": self.generator.get_state()}
+                "rest": at["rest"], "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        cursor, n_documents = state["position"].tolist()
+        cursor, *at = state["position"].tolist()
         self.cursor = None if cursor < 0 else cursor
-        self.contexts.state = {"documents": n_documents, "rest": state["rest"]}
+        self.contexts.state = {"rest": state["rest"], **dict(zip(("documents", "chunk", "served"), at))}
         self.buffer, self.spill = state["buffer"].to(self.lm.device), state["spill"].to(self.lm.device)
         self.order = state["order"]
         self.generator.set_state(state["generator"])
@@ -1620,7 +1634,7 @@ def train_together(configs: dict[str, Config], lm: LanguageModel, folder: str | 
     calibration, evaluation = held_out_contexts(first, lm.tokenizer)
     held_out, lines = shuffled_activations(lm, calibration, first.model_batch), []
     for name, trainer in trainers.items():
-        if trainer.cfg.activation == "batchtopk":
+        if trainer.cfg.activation != "jumprelu":
             calibrate(trainer.sae, [held_out])
         trainer.sae.save(folder / name)
         result = evaluate_run(trainer.sae, lm, folder / name, evaluation)

@@ -1,5 +1,6 @@
 """Activations of Hugging Face models: hooks, packing, shuffling, data sets."""
 
+import dataclasses
 import json
 import socket
 import subprocess
@@ -161,6 +162,22 @@ def test_contexts_are_the_documents_in_order_separated_by_the_begin_token_withou
     ids = torch.cat(blocks).flatten().tolist()
     expected = [i for n, t in enumerate(texts) if n % 20 != 19 for i in [lm.tokenizer.bos_token_id, *lm.tokenizer(t)["input_ids"]]]
     assert ids == expected[: len(ids)] and len(expected) - len(ids) < 16
+
+
+def test_training_contexts_are_shuffled_far_beyond_the_buffer_each_once(tmp_path, lm):
+    """Bug here once: text in the order of its documents, of which a few fill the buffer, cost a tenth of the error."""
+    write_texts(tmp_path, [f"line {i} of {i * i}" for i in range(600)])
+    cfg = small(dataset=str(tmp_path / "a.jsonl"), context=16, model_batch=4, shuffle_contexts=40)
+    ordered = torch.cat(list(bt.Contexts(cfg, lm.tokenizer, "train")))[:80]
+
+    def first_80(seed):
+        shuffled = bt.Contexts(dataclasses.replace(cfg, seed=seed), lm.tokenizer, "train", endless=True)
+        return torch.cat([block for _, block in zip(range(20), shuffled)])
+
+    for part in (slice(0, 40), slice(40, 80)):
+        places = [ordered[part].tolist().index(context) for context in first_80(0)[part].tolist()]
+        assert sorted(places) == list(range(40)) and sum(abs(i - p) for i, p in enumerate(places)) > 300, places
+    assert not torch.equal(first_80(0), first_80(1)) and torch.equal(first_80(0), first_80(0))
 
 
 def test_contexts_continue_from_their_state_and_repeat_without_end(tmp_path, lm):
