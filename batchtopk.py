@@ -78,6 +78,8 @@ class Config:
     l0_coef: float = _option(0.0, "jumprelu: weight of the L0 penalty, in units of the inputs' variance; 0 adapts it until L0 is k", min=0)
     normalize: str = _option("scale", "scale: one scalar for all inputs, folded into the weights; token: each token to "
                              "mean 0 and standard deviation 1, as the authors' code does", choices=("scale", "token", "none"))
+    b_dec_init: str = _option("mean", "where b_dec starts: at the mean of the first batch, or at zero (paper)", choices=("mean", "zero"))
+    encoder_init: float = _option(1.0, "norm of the encoder's rows at the start, in those of the decoder's", min=0)
     # Training
     tokens: int = _option(1_000_000, "length of the run in tokens", min=1)
     batch_size: int = _option(1024, "B, tokens in a batch; a smaller one gives more steps at equal tokens", min=1)
@@ -114,7 +116,7 @@ class Config:
     skip_special: bool = _option(True, "leave out the first position of each context and special tokens, whose norm is "
                                  "many times the rest")
     model_batch: int = _option(32, "contexts in one forward pass of the model", min=1)
-    shuffle_contexts: int = _option(8192, "contexts of text that are read and shuffled at a time, before the model runs on "
+    text_shuffle: int = _option(8192, "contexts that are read and shuffled at a time, before the model runs on "
                                     "them: a few long documents can fill the buffer", min=1)
     buffer_tokens: int = _option(65_536, "activations in the shuffle buffer, refilled by halves", min=2)
     # θ and evaluation
@@ -156,11 +158,12 @@ class Config:
         return int(self.k * rows)
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> Config:
-        """A named setting (see PRESETS) with some fields replaced; d_model is among the overrides."""
-        if name not in PRESETS:
-            raise InputError(f"preset {name!r} is unknown; choose one of: {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+    def preset(cls, name: str, recipe: str = "ours", **overrides: Any) -> Config:
+        """A named setting (see PRESETS), trained by a recipe (see RECIPES), with some fields replaced; d_model is among them."""
+        for kind, chosen, known in (("preset", name, PRESETS), ("recipe", recipe, RECIPES)):
+            if chosen not in known:
+                raise InputError(f"{kind} {chosen!r} is unknown; choose one of: {', '.join(known)}")
+        return cls(**{**PRESETS[name], **RECIPES[recipe], **overrides})
 
     @classmethod
     def from_json(cls, text: str) -> Config:
@@ -183,6 +186,12 @@ PRESETS: dict[str, dict[str, Any]] = {
                        batch_size=4096, tokens=1_000_000_000, lr=3e-4, buffer_tokens=1_048_576, dead_tokens=1_000_000),
     "gemma-2-2b": dict(model="google/gemma-2-2b", dataset="Skylion007/openwebtext", layer=12, n_latents=16384,
                        batch_size=4096, tokens=1_000_000_000, lr=3e-4, buffer_tokens=524_288, dead_tokens=1_000_000),
+}
+
+RECIPES: dict[str, dict[str, Any]] = {  # what a preset says of training is replaced by a recipe
+    "ours": {},
+    "paper": dict(normalize="token", b_dec_init="zero", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99, warmup=0.0, decay=0.0,
+                  aux_coef=1 / 32, dead_tokens=20_480, encoder_init=1.0),
 }
 
 
@@ -270,7 +279,7 @@ class SAE(nn.Module):
         self.config = config
         generator = torch.Generator().manual_seed(config.seed)
         rows = functional.normalize(torch.randn(config.n_latents, config.d_model, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(rows.clone())
+        self.W_enc = nn.Parameter(config.encoder_init * rows)
         self.W_dec = nn.Parameter(rows)
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(config.d_model))
@@ -514,17 +523,30 @@ def update_theta_(sae: SAE, threshold: float, n_updates: int) -> None:
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     """Set θ to the mean, over batches of config.batch_size tokens, of the smallest entry that BatchTopK keeps.
 
+    With activation="jumprelu" entries are measured in their latents' thresholds, and all of those are multiplied by the
+    mean instead: L0 becomes k, so that methods are compared at equal L0, and what the thresholds are to each other stays.
     Args: batches, held-out activations [n, D] of any n, in the model's units.
-    Returns: θ. Raises InputError if no batch keeps a positive entry, and then leaves θ as it was.
+    Returns: θ, or the factor. Raises InputError if no batch keeps a positive entry, and then leaves all as it was.
     """
-    thresholds = []
+    smallest, jumprelu = [], sae.config.activation == "jumprelu"
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
-        kept = encode_rows(sae, sae.standardize(x)[0])
-        thresholds += [float(kept.value.min())] if len(kept.value) else []
-    if not thresholds:
+        x = sae.standardize(x)[0]
+        if jumprelu:
+            thresholds = sae.threshold()
+            _, latent, value, _ = walk(sae, x - sae.b_dec, 0.5 * thresholds[:, None])
+            value = value / thresholds[latent]
+            value = value[largest(value, min(sae.config.n_kept(len(x)), len(value)))]
+        else:
+            value = encode_rows(sae, x).value
+        smallest += [float(value.min())] if len(value) else []
+    if not smallest:
         raise InputError("θ cannot be calibrated: no batch held a positive pre-activation; give held-out activations")
-    sae.theta.fill_(sum(thresholds) / len(thresholds))
-    return float(sae.theta)
+    mean = sum(smallest) / len(smallest)
+    if jumprelu:
+        sae.log_threshold.add_(math.log(mean))
+    else:
+        sae.theta.fill_(mean)
+    return mean
 
 
 def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
@@ -1115,7 +1137,7 @@ class Contexts:
     """Documents packed into blocks of contexts [model_batch, context] of token ids, tokenised in a background thread.
 
     Each document is preceded by the tokenizer's begin token (its end token if it has none); nothing is padded. With
-    endless=True the documents repeat and shuffle_contexts of the contexts at a time are shuffled: ids are small, so they
+    endless=True the documents repeat and text_shuffle of the contexts at a time are shuffled: ids are small, so they
     can be mixed far more widely than activations. Otherwise all is in order, and the last block may hold fewer contexts.
     `state` is the position after the last block taken: {"documents": how many were read before this chunk, "rest": ids
     not used by then, "chunk": its number, "served": contexts of it that were taken}.
@@ -1155,7 +1177,7 @@ class Contexts:
 
         cfg, rest, n_documents, number = self.cfg, self.state["rest"].numpy(), self.state["documents"], self.state["chunk"]
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        n_blocks, texts = math.ceil(cfg.shuffle_contexts / cfg.model_batch) if self.endless else 1, self._texts()
+        n_blocks, texts = math.ceil(cfg.text_shuffle / cfg.model_batch) if self.endless else 1, self._texts()
         size, position = n_blocks * cfg.model_batch * cfg.context, self.state
         while group := list(itertools.islice(texts, 64)):
             rows = self.tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
@@ -1331,12 +1353,13 @@ class Trainer:
 
     @torch.no_grad()
     def initialize_(self, x: Tensor) -> None:
-        """Start b_dec at the mean of x [n, D] and set the scale s; step does it with its first batch if nobody did."""
+        """Set b_dec's start and the scale s from x [n, D]; step does it with its first batch if nobody did."""
         x = self.sae.standardize(x.to(self.device, torch.float32))[0]
         variance = float((x - x.mean(0)).square().sum(1).mean())
         if not math.isfinite(variance):
             raise InputError("x is not finite; training cannot start from it")
-        self.sae.b_dec.copy_(x.mean(0))
+        if self.cfg.b_dec_init == "mean":
+            self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0
         self.scale = math.sqrt(x.shape[1] / self.variance) if self.cfg.normalize == "scale" else 1.0
 
@@ -1495,8 +1518,7 @@ def train(cfg: Config, batches: Iterable[Tensor], held_out: Iterable[Tensor] | N
         stats = trainer.step(x[: cfg.tokens - trainer.tokens_seen])
         if on_step:
             on_step(trainer, stats)
-    if cfg.activation != "jumprelu":
-        calibrate(trainer.sae, held_out)
+    calibrate(trainer.sae, held_out)
     return trainer.sae
 
 
@@ -1557,33 +1579,28 @@ def train_run(cfg: Config, lm: LanguageModel, folder: str | os.PathLike, *, resu
         raise
     trainer.save(state)
     sae.save(folder)
-    return evaluate_run(sae, lm, folder, evaluation, started)
+    return evaluate_run(sae, lm, folder, (evaluation, shuffled_activations(lm, evaluation, cfg.model_batch)), started)
 
 
-OWN = {"n_latents", "k", "activation", "bandwidth", "jump_start", "l0_coef", "batch_size", "lr", "beta1", "beta2", "warmup", "decay", "aux_k",
-       "aux_coef", "dead_tokens", "step", "encoder_dtype", "kernels", "seed"}  # in which SAEs trained together may differ
+OWN = ("activation", "k", "n_latents", "bandwidth", "jump_start", "l0_coef", "normalize", "b_dec_init", "encoder_init", "batch_size", "lr",
+       "beta1", "beta2", "warmup", "decay", "aux_k", "aux_coef", "dead_tokens", "step", "encoder_dtype", "kernels", "seed")
 
 
 def train_together(configs: dict[str, Config], lm: LanguageModel, folder: str | os.PathLike, *,
-                   on_step: Callable[[int, dict[str, StepStats]], None] | None = None) -> list[dict[str, Any]]:
+                   on_step: Callable[[Config, int, list[StepStats]], None] | None = None) -> list[dict[str, Any]]:
     """Train several SAEs on the same activations, from one pass over the model, each into folder/name; evaluate them.
 
+    They may differ in the fields named in OWN, which do not change what is read from the model.
     Called again with the same configurations it continues where it was stopped, or returns what it had found.
     Args:
-        configs: by name; they differ in fields of OWN alone, and each batch size divides the largest.
-        on_step: called with the tokens seen and each SAE's last statistics, once for each of the largest batches; state is
-            saved when it raises KeyboardInterrupt, and every checkpoint_minutes.
+        configs: by name; each batch size divides the largest.
+        on_step: called with a configuration, the tokens seen and each SAE's last statistics, once for each of the largest
+            batches; state is saved when it raises KeyboardInterrupt, and every checkpoint_minutes.
     Returns: evaluate_run's results, with "name", "step_seconds" spent in its training steps, and "config" added; they are
         also the lines of folder/results.jsonl.
     Raises: InputError for configurations that cannot share a stream or differ from those the folder was begun with.
     """
-    folder, first = Path(folder), next(iter(configs.values()))
-    largest = max((cfg for cfg in configs.values()), key=lambda cfg: cfg.batch_size)
-    for name, cfg in configs.items():
-        differing = [name for name, value in vars(cfg).items() if name not in OWN and value != getattr(first, name)]
-        if differing or largest.batch_size % cfg.batch_size:
-            raise InputError(f"{name} cannot be trained beside the others: " + (f"{', '.join(differing)} differs" if differing else
-                             f"its batch_size, {cfg.batch_size}, does not divide {largest.batch_size}"))
+    folder, first, largest = Path(folder), next(iter(configs.values())), check_together(configs)
     described = {name: json.loads(cfg.to_json()) for name, cfg in configs.items()}
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "configs.json").is_file() and json.loads((folder / "configs.json").read_text(encoding="utf-8")) != described:
@@ -1624,18 +1641,19 @@ def train_together(configs: dict[str, Config], lm: LanguageModel, folder: str | 
             spent[name] += time.perf_counter() - started
         try:
             if on_step:
-                on_step(seen + len(x), stats)
+                on_step(first, seen + len(x), list(stats.values()))
         except KeyboardInterrupt:
             save()
             raise
         if time.monotonic() - saved > 60 * first.checkpoint_minutes:
             save()
             saved = time.monotonic()
+    save()  # what is evaluated below is not lost if that is stopped
     calibration, evaluation = held_out_contexts(first, lm.tokenizer)
     held_out, lines = shuffled_activations(lm, calibration, first.model_batch), []
+    evaluation = evaluation, shuffled_activations(lm, evaluation, first.model_batch)
     for name, trainer in trainers.items():
-        if trainer.cfg.activation != "jumprelu":
-            calibrate(trainer.sae, [held_out])
+        calibrate(trainer.sae, [held_out])
         trainer.sae.save(folder / name)
         result = evaluate_run(trainer.sae, lm, folder / name, evaluation)
         lines.append({"name": name, "step_seconds": round(spent[name], 2), "dead": trainer.last.n_dead / trainer.cfg.n_latents, **result,
@@ -1643,6 +1661,17 @@ def train_together(configs: dict[str, Config], lm: LanguageModel, folder: str | 
     write_atomically(results, "".join(json.dumps(line) + "\n" for line in lines).encode())
     state.unlink(missing_ok=True)
     return lines
+
+
+def check_together(configs: dict[str, Config]) -> Config:
+    """The configuration of the largest batch; InputError if they cannot share one stream of activations."""
+    first, largest = next(iter(configs.values())), max(configs.values(), key=lambda cfg: cfg.batch_size)
+    for name, cfg in configs.items():
+        differing = [field for field, value in vars(cfg).items() if field not in OWN and value != getattr(first, field)]
+        if differing or largest.batch_size % cfg.batch_size:
+            raise InputError(f"{name} cannot be trained beside the others: " + (f"{', '.join(differing)} differs" if differing else
+                             f"its batch_size, {cfg.batch_size}, does not divide {largest.batch_size}"))
+    return largest
 
 
 def check_run_folder(folder: Path, resume: bool = False) -> None:
@@ -1744,16 +1773,18 @@ def splice_losses(sae: SAE, lm: LanguageModel, contexts: Tensor, mean: Tensor) -
     } for selection in ("batch", "theta")}
 
 
-def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike, contexts: Tensor | None = None,
+def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike, held_out: tuple[Tensor, Tensor] | None = None,
                  started: float | None = None) -> dict[str, Any]:
-    """Evaluate the SAE of a run on held-out text of its own data set: JSON-ready.
+    """Evaluate the SAE of a run on held-out text of its own data set, or on (contexts, their shuffled_activations): JSON-ready.
 
     Returns {"run", "tokens" trained on, "seconds", "k", "theta_value" (the mean threshold of jumprelu), "eval_tokens",
     "batch": …, "theta": …}, the last two as in evaluate, less the per-latent densities.
     """
     cfg, started = sae.config, started or time.perf_counter()
-    contexts = held_out_contexts(cfg, lm.tokenizer)[1] if contexts is None else contexts
-    x = shuffled_activations(lm, contexts, cfg.model_batch)
+    if held_out is None:
+        contexts = held_out_contexts(cfg, lm.tokenizer)[1]
+        held_out = contexts, shuffled_activations(lm, contexts, cfg.model_batch)
+    contexts, x = held_out
     metrics = to_json_values(evaluate(sae, [x], lm, contexts[: math.ceil(cfg.ce_tokens / cfg.context)]))
     theta = sae.threshold().detach() if cfg.activation == "jumprelu" else sae.theta
     return {"run": str(folder), "tokens": cfg.tokens, "seconds": round(time.perf_counter() - started, 2), "k": cfg.k,

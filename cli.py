@@ -46,6 +46,7 @@ out, err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
 Device = Annotated[str, typer.Option(help=bt.Config.__dataclass_fields__["device"].metadata["doc"] + ".")]
+Preset = Annotated[str, typer.Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run that `train` wrote, e.g. runs/tiny.", show_default=False)]
 
 
@@ -83,8 +84,9 @@ def say(text: str, style: str | None = None) -> None:
     err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def config_options(command: Callable, but: Iterable[str] = ()) -> Callable:
-    """Give `command` an option for every other field of Config in place of its **options; those not typed stay None."""
+def config_options(command: Callable, lists: Iterable[str] = (), but: Iterable[str] = ()) -> Callable:
+    """Give `command` an option for every other field of Config in place of its **options; those not typed stay None.
+    Those in `lists` take several values, by commas, and arrive as text."""
     own = inspect.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     types = {"int": int, "float": float, "str": str, "bool": bool}
@@ -95,12 +97,13 @@ def config_options(command: Callable, but: Iterable[str] = ()) -> Callable:
         if field.name in but:
             continue
         rules, flag, panel = field.metadata, "--" + field.name.replace("_", "-"), panels.get(field.name, panel)
+        several, choices = field.name in lists, "|".join(rules.get("choices", ()))
         option = typer.Option(
             f"{flag}/--no-{flag[2:]}" if field.type == "bool" else flag, help=rules["doc"] + ".", rich_help_panel=panel,
-            show_default=derived.get(field.name) or str(field.default) or "none",
-            metavar="[" + "|".join(rules["choices"]) + "]" if "choices" in rules else None,
-            min=rules.get("min"), max=rules.get("max"))
-        annotation = Annotated[Optional[types[field.type]], option]
+            show_default=derived.get(field.name) or (choices.replace("|", ",") if several and field.name == "activation" else str(field.default)) or "none",
+            metavar=f"[{choices}],…" if several and choices else f"{field.type.upper()},…" if several else f"[{choices}]" if choices else None,
+            **({} if several else dict(min=rules.get("min"), max=rules.get("max"))))
+        annotation = Annotated[Optional[str if several else types[field.type]], option]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
                                             annotation=annotation))
 
@@ -119,7 +122,8 @@ def config_options(command: Callable, but: Iterable[str] = ()) -> Callable:
 @one_line_errors
 def train(
     *,
-    preset: Annotated[str, typer.Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")] = "tiny",
+    preset: Preset = "tiny",
+    recipe: Annotated[str, typer.Option(help="How it is trained, unless an option says otherwise: " + ", ".join(bt.RECIPES) + ".")] = "ours",
     name: Annotated[Optional[str], typer.Option(help="Name of the run's folder.",
                                                 show_default="the preset's, numbered")] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of all runs.")] = Path("runs"),
@@ -140,7 +144,7 @@ def train(
     else:
         if expansion is not None and "n_latents" in given:
             raise bt.InputError("--expansion and --n-latents both set the number of latents; give one of them")
-        cfg = bt.Config.preset(preset, **{"d_model": 1, **given})  # checked before the model is loaded
+        cfg = bt.Config.preset(preset, recipe, **{"d_model": 1, **given})  # checked before the model is loaded
         folder = out_folder / name if name else free_folder(out_folder, preset)
         bt.check_run_folder(folder)
     bt.resolve_device(cfg.device)
@@ -151,7 +155,7 @@ def train(
         n_latents = round(expansion * lm.d_model) if expansion else cfg.n_latents
         cfg = dataclasses.replace(cfg, d_model=lm.d_model, n_latents=n_latents)
         try:
-            result = bt.train_run(cfg, lm, folder, resume=resume is not None, on_step=bar.update)
+            result = bt.train_run(cfg, lm, folder, resume=resume is not None, on_step=lambda trainer, stats: bar.update(cfg, trainer.tokens_seen, [stats]))
         except KeyboardInterrupt:
             bar.stop()
             say(f"stopped and saved; continue with: python cli.py train --resume {folder}")
@@ -192,82 +196,77 @@ def export(
                   f"rows: largest difference {difference:g}.", highlight=False, soft_wrap=True)
 
 
-LISTS = {"activation": str, "k": float, "n_latents": int, "batch_size": int, "lr": float}  # what compare varies
+STUDIES = {  # what `compare --study` varies, unless an option says otherwise; values by commas
+    "methods": {},
+    "k": {"k": "16,32,64"},
+    "latents": {"n_latents": "1024,2048,4096,8192"},
+    "batch": {"activation": "batchtopk", "batch_size": "64,256,1024,4096,8192"},
+    "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
+    "recipe": {"activation": "batchtopk", "recipe": "ours,paper"},
+    "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=512,batch_size=2048"},
+}
 
 
 @app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
-@functools.partial(config_options, but={*LISTS, "seed", "d_model"})
+@functools.partial(config_options, lists=bt.OWN, but=("seed", "d_model"))
 @one_line_errors
 def compare(
     *,
-    preset: Annotated[str, typer.Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")] = "tiny",
-    activation: Annotated[str, typer.Option(help="Activations, by commas.")] = "batchtopk,topk,jumprelu",
-    k: Annotated[str, typer.Option(help="Values of k, by commas.", show_default="the preset's")] = "",
-    n_latents: Annotated[str, typer.Option(help="Numbers of latents, by commas.", show_default="the preset's")] = "",
-    batch_size: Annotated[str, typer.Option(help="Batch sizes, by commas; each divides the largest.", show_default="the preset's")] = "",
-    lr: Annotated[str, typer.Option(help="Learning rates, by commas.", show_default="the preset's")] = "",
+    preset: Preset = "tiny",
+    study: Annotated[str, typer.Option(help="What is varied, unless an option says otherwise: " + ", ".join(STUDIES) + ".")] = "methods",
+    recipe: Annotated[str, typer.Option(help="Recipes, by commas: " + ", ".join(bt.RECIPES) + ".", show_default="ours")] = "",
+    change: Annotated[str, typer.Option(help="Single changes FIELD=VALUE, by commas, each tried alone; none is one too.", show_default="none")] = "",
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, 2 … of each.", min=1)] = 3,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder of the comparison; an interrupted one there continues.")] = Path("runs/compare"),
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Train several SAEs on the same activations, from one pass over the model, and compare them on held-out text."""
+    if study not in STUDIES:
+        raise bt.InputError(f"study {study!r} is unknown; choose one of: {', '.join(STUDIES)}")
     given = {name: value for name, value in options.items() if value is not None}
-    base = bt.Config.preset(preset, **{"d_model": 1, **given})
-    texts = {"activation": activation, "k": k, "n_latents": n_latents, "batch_size": batch_size, "lr": lr}
-    values = {name: parse_list(name, text) if text else [getattr(base, name)] for name, text in texts.items()}
+    lists = {"activation": "batchtopk,topk,jumprelu", **STUDIES[study], **{name: given.pop(name) for name in bt.OWN if name in given}}
+    lists |= {name: text for name, text in (("recipe", recipe), ("change", change)) if text}
+    values = {name: [part.strip() for part in text.split(",")] for name, text in lists.items()}
     settings = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
-    for setting in settings:
-        dataclasses.replace(base, **setting)  # checked before the model is loaded
-    bt.resolve_device(base.device)
-    columns = [TextColumn(text) for text in ("{task.fields[rate]} tokens/s each", "fvu {task.fields[fvu]}")]
-    with Progress(TextColumn("{task.percentage:>3.0f}%"), BarColumn(20), *columns, TimeRemainingColumn(), console=err) as progress:
-        lm = bt.LanguageModel.from_config(base)
-        configs = {}
-        for setting, seed in itertools.product(settings, range(seeds)):
-            name = "-".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in setting.items())
-            configs[f"{name}-seed={seed}"] = dataclasses.replace(base, d_model=lm.d_model, seed=seed, **setting)
-        task = progress.add_task("", total=base.tokens, rate="…", fvu="…")
-
-        def update(tokens: int, stats: dict[str, bt.StepStats]) -> None:
-            fvus = [s.fvu for s in stats.values()]
-            speed = progress.tasks[0].speed
-            progress.update(task, completed=tokens, rate=f"{speed:,.0f}" if speed else "…", fvu=f"{min(fvus):.3f}-{max(fvus):.3f}")
-            if stop:
-                raise KeyboardInterrupt
-
-        stop: list[Any] = []
-        before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # between two batches, so that what is saved is consistent
+    configs, varied = {}, [name for name in values if len(values[name]) > 1]
+    for setting, seed in itertools.product(settings, range(seeds)):  # all are checked before the model is loaded
+        overrides = {name: value for name, value in setting.items() if name not in ("recipe", "change")}
+        if (pair := setting.get("change", "none")) != "none":
+            overrides.update([pair.split("=", 1)] if "=" in pair else [(pair, "")])
+        parsed = {name: parse_value(name, text) for name, text in overrides.items()}
+        name = "-".join(setting[part] if part == "activation" else f"{part}={setting[part]}" for part in ("activation", *(v for v in varied if v != "activation")))
+        configs[f"{name}-seed={seed}"] = bt.Config.preset(preset, setting.get("recipe", "ours"), **{"d_model": 1, **given, **parsed, "seed": seed})
+    bt.check_together(configs)
+    bt.resolve_device(next(iter(configs.values())).device)
+    with TrainingBar() as bar:
+        lm = bt.LanguageModel.from_config(next(iter(configs.values())))
+        configs = {name: dataclasses.replace(cfg, d_model=lm.d_model) for name, cfg in configs.items()}
         try:
-            results = bt.train_together(configs, lm, out_folder, on_step=update)
+            results = bt.train_together(configs, lm, out_folder, on_step=lambda cfg, tokens, stats: bar.update(cfg, tokens, stats))
         except KeyboardInterrupt:
-            progress.stop()
+            bar.stop()
             say(f"stopped and saved in {out_folder}; the same command continues")
             raise typer.Exit(130) from None
-        finally:
-            signal.signal(signal.SIGINT, before)
-    figures = draw_comparison(results, out_folder)
+    groups = {tuple(setting[name] for name in values): results[i * seeds : (i + 1) * seeds] for i, setting in enumerate(settings)}
+    varied = varied or ["activation"]
+    figure = draw_comparison(list(values), varied, groups, out_folder / "comparison.png")
     if as_json:
-        print(json.dumps({"folder": str(out_folder), "results": results, "figures": [str(path) for path in figures]}))
+        print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))
         return
-    show_comparison(results)
-    out.print(f"Every number: {out_folder / 'results.jsonl'}. Figures: {', '.join(str(path) for path in figures)}.", highlight=False, soft_wrap=True)
+    show_comparison(list(values), varied, groups)
+    out.print(f"Every number: {out_folder / 'results.jsonl'}. Figure: {figure}.", highlight=False, soft_wrap=True)
 
 
-def parse_list(name: str, text: str) -> list[Any]:
-    """The values of an option that takes several, by commas."""
+def parse_value(name: str, text: str) -> Any:
+    """The value of a field of Config in which SAEs that are trained together may differ."""
+    if name not in bt.OWN:
+        raise bt.InputError(f"{name!r} cannot be varied; choose one of: {', '.join(bt.OWN)}")
+    kind = bt.Config.__dataclass_fields__[name].type
     try:
-        return [LISTS[name](part.strip()) for part in text.split(",")]
+        return text if kind == "str" else float(text)
     except ValueError:
-        raise bt.InputError(f"{name.replace('_', '-')} is {text!r}; give values separated by commas, without blanks") from None
-
-
-def grouped(results: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """Results by what they differ in, other than the seed."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault(tuple(result["config"][name] for name in LISTS), []).append(result)
-    return groups
+        raise bt.InputError(f"{name} is {text!r}; give numbers separated by commas") from None
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
@@ -275,78 +274,95 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def show_comparison(results: list[dict[str, Any]]) -> None:
+Groups = dict[tuple, list[dict[str, Any]]]  # by setting, the results of its seeds
+
+
+def show_comparison(names: list[str], varied: list[str], groups: Groups) -> None:
     """A row for each setting, mean ± standard deviation over its seeds."""
-    groups = grouped(results)
-    varied = [name for i, name in enumerate(LISTS) if len({key[i] for key in groups}) > 1] or ["activation"]
-    table = Table(box=box.SIMPLE)
-    for name in (*varied, "fvu, θ", "batch", "L0, θ", "ce lost", "dead", "s"):
-        table.add_column(name.replace("n_latents", "F").replace("batch_size", "B"), justify="right" if name not in varied else "left", no_wrap=True)
+    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
+    for name in (*varied, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "s"):
+        heads = {"activation": "", "n_latents": "F", "batch_size": "B"}
+        table.add_column(heads.get(name, name), justify="left" if name in varied else "right", no_wrap=True)
     for key, group in groups.items():
-        cells = [f"{value:g}" if isinstance(value, float) else str(value) for name, value in zip(LISTS, key) if name in varied]
-        for side, metric, digits in (("theta", "fvu", 4), ("batch", "fvu", 4), ("theta", "l0", 2), ("theta", "ce_degradation", 3)):
-            middle, spread = mean_and_spread([result[side][metric] for result in group])
-            cells.append(f"{middle:.{digits}f}" + (f" ±{spread:.{digits}f}" if (side, digits) != ("batch", 4) and metric != "l0" else ""))
+        cells = [value for name, value in zip(names, key) if name in varied]
+        for side, metric, digits, spread in (("theta", "fvu", 4, True), ("batch", "fvu", 4, False), ("theta", "l0", 2, False),
+                                             ("theta", "ce_degradation", 3, True), ("batch", "ce_degradation", 3, False)):
+            middle, deviation = mean_and_spread([result[side][metric] for result in group])
+            cells.append(f"{middle:.{digits}f}" + (f" ±{deviation:.{digits}f}" if spread else ""))
         cells += [f"{mean_and_spread([result['dead'] for result in group])[0]:.1%}", f"{mean_and_spread([result['step_seconds'] for result in group])[0]:.0f}"]
         table.add_row(*cells)
     out.print(table)
-    out.print(f"Mean ± standard deviation over {len(next(iter(groups.values())))} seeds, on {results[0]['eval_tokens']:,} held-out tokens after "
-              f"{results[0]['tokens']:,} of training; ce lost: ce_degradation, nats per token; s: seconds in the SAE's own steps.", highlight=False, soft_wrap=True)
+    group = next(iter(groups.values()))
+    out.print(f"Mean ± standard deviation over {len(group)} seeds, on {group[0]['eval_tokens']:,} held-out tokens after {group[0]['tokens']:,} of "
+              f"training; L0 with θ; ce: ce_degradation, nats per token; dead: at the end of training; s: seconds in the SAE's own steps.", highlight=False, soft_wrap=True)
 
 
 STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"), "jumprelu": ("#525252", "^", ":", "JumpReLU")}
+AXES = {"k": "L0, average active latents per token", "n_latents": "F, number of latents", "batch_size": "B, tokens in a batch",
+        "lr": "peak learning rate"}
 
 
-def draw_comparison(results: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """The paper's figures, as far as the comparison holds them: error against k and against F, and active latents per token."""
+def draw_comparison(names: list[str], varied: list[str], groups: Groups, path: Path) -> Path:
+    """The paper's figures, as far as the comparison holds them: error against what was varied, and active latents per token."""
     from matplotlib.figure import Figure
 
-    groups, paths = grouped(results), []
-    for name, label in (("k", "L0, average active latents per token"), ("n_latents", "F, number of latents"),
-                        ("batch_size", "B, tokens in a batch"), ("lr", "peak learning rate")):
-        if len({result["config"][name] for result in results}) < 2:
-            continue
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axes, metric, unit in zip(figure.subplots(1, 2), ("fvu", "ce_degradation"), ("fraction of variance unexplained", "nats per token")):
-            lines: dict[tuple, list[tuple]] = {}
-            for key, group in groups.items():
-                setting = dict(zip(LISTS, key))
-                x = setting.pop(name)
-                if name == "k":  # where it really is, which jumprelu only approaches
-                    x = mean_and_spread([result["theta"]["l0"] for result in group])[0]
-                lines.setdefault(tuple(setting.items()), []).append((x, *mean_and_spread([result["theta"][metric] for result in group])))
-            for setting, points in lines.items():
-                color, marker, line, title = STYLES[dict(setting)["activation"]]
-                axes.errorbar(*zip(*[(x, y) for x, y, _ in sorted(points)]), yerr=[spread for *_, spread in sorted(points)], color=color,
-                              marker=marker, linestyle=line, capsize=3, label=title)
-            ticks = sorted({result["config"][name] for result in results})
-            axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.minorticks_off()
-            axes.set_xlabel(label)
-            axes.set_ylabel(unit)
-            axes.set_title(metric, loc="left")
-            axes.legend(*zip(*{text: (handle, text) for handle, text in zip(*axes.get_legend_handles_labels())}.values()), frameon=False)
-        paths.append(folder / f"error-against-{name.replace('_', '-')}.png")
-        figure.savefig(paths[-1], dpi=120)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes, shown = figure.subplots(), set()
+    against = [name for name in varied if name in AXES]
+    panels = [(name, metric) for name in against for metric in ("fvu", "ce_degradation")] + ["active latents"]
+    figure = Figure(figsize=(4.6 * len(panels) if against else 8, 3.9), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
+        if panel == "active latents":
+            draw_active_latents(axes, names, groups)
+        else:
+            draw_error(axes, names, groups, *panel)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_error(axes: Any, names: list[str], groups: Groups, against: str, metric: str) -> None:
+    """A metric against a field of Config, a line for each method and whatever else was varied, bars over the seeds."""
+    lines: dict[tuple, dict[float, tuple]] = {}
     for key, group in groups.items():
-        setting = dict(zip(LISTS, key))
-        if setting["activation"] in shown:
-            continue
-        shown.add(setting["activation"])
-        color, _, line, title = STYLES[setting["activation"]]
-        share = [count / sum(group[0]["theta"]["l0_histogram"]) for count in group[0]["theta"]["l0_histogram"]]
-        axes.plot(share, color=color, linestyle=line, label=f"{title}, k = {setting['k']:g}", linewidth=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("active latents per token")
-    axes.set_ylabel("share of held-out tokens")
-    axes.set_title("Tokens use very different numbers of latents where they may", loc="left")
-    axes.legend(frameon=False)
-    paths.append(folder / "active-latents.png")
-    figure.savefig(paths[-1], dpi=120)
-    return paths
+        rest = tuple(value for name, value in zip(names, key) if name != against)
+        x = value = float(key[names.index(against)])
+        if against == "k":  # where L0 really is
+            x = mean_and_spread([result["theta"]["l0"] for result in group])[0]
+        lines.setdefault(rest, {})[value] = (x, *mean_and_spread([result["theta"][metric] for result in group]))
+    for rest, points in lines.items():
+        color, marker, line, title = STYLES[rest[0]]
+        x, y, spread = zip(*points.values())
+        axes.errorbar(x, y, yerr=spread, color=color, marker=marker, linestyle=line, capsize=3, label=" ".join([title, *(rest[1:] if len(lines) > 3 else ())]))
+    ticks = sorted({value for points in lines.values() for value in points})
+    best = {value: min((points[value][1], STYLES[rest[0]][3]) for rest, points in lines.items() if value in points)[1] for value in ticks}
+    lowest = min((y, value) for points in lines.values() for value, (_, y, _) in points.items())[1]
+    what = {"fvu": "Unexplained variance", "ce_degradation": "Loss added to the model"}[metric]
+    if len(lines) == 1:
+        finding = f"lowest at {lowest:g}"
+    elif len(set(best.values())) == 1:
+        finding = f"{next(iter(best.values()))} lowest throughout"
+    else:
+        finding = "lowest " + ", ".join(f"{name} at {', '.join(f'{v:g}' for v in ticks if best[v] == name)}" for name in dict.fromkeys(best.values()))
+    axes.set(xscale="log", xlabel=AXES[against], ylabel={"fvu": "fraction of variance unexplained", "ce_degradation": "nats per token"}[metric])
+    axes.set_title(f"{what}:\n{finding}", loc="left", fontsize=9)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def draw_active_latents(axes: Any, names: list[str], groups: Groups) -> None:
+    """How many latents are active on a token, for each method, at the value of k nearest to the default."""
+    methods, said = {}, []
+    for key, group in sorted(groups.items(), key=lambda item: abs(item[1][0]["k"] - bt.Config.k)):
+        methods.setdefault(key[names.index("activation")], group[0])
+    for activation, result in methods.items():
+        color, marker, line, title = STYLES[activation]
+        histogram = result["theta"]["l0_histogram"]
+        low, _, high = l0_quantiles(histogram)
+        share = {count: tokens / sum(histogram) for count, tokens in enumerate(histogram) if tokens}
+        axes.plot(list(share), list(share.values()), color=color, linestyle=line, marker=marker if len(share) < 3 else None, label=f"{title}, k = {result['k']:g}")
+        said.append(f"{title} {low}" if low == high else f"{title} {low} to {high}")
+    axes.set(yscale="log", xlabel="active latents on a token", ylabel="share of held-out tokens")
+    axes.set_title("Active latents on nine tokens of ten:\n" + ", ".join(said), loc="left", fontsize=9)
 
 
 @app.command(epilog="Example: python cli.py bench --d-model 768 --n-latents 6144 --batch-size 1024")
@@ -594,9 +610,10 @@ def free_folder(parent: Path, name: str) -> Path:
 
 
 class TrainingBar:
-    """What a run shows on stderr: that it loads, then a bar; nothing is left of the first if it fails there.
+    """What training shows on stderr: that it loads, then a bar; nothing is left of the first if it fails there.
 
-    Ctrl-C asks for a stop between two steps, so that what is saved is consistent; a second one stops at once.
+    Ctrl-C asks for a stop between two steps, so that what is saved is consistent; a second one, or one when no step follows,
+    stops at once.
     """
 
     def __init__(self) -> None:
@@ -620,23 +637,28 @@ class TrainingBar:
         self.shown.stop()
 
     def interrupt(self, *signal_and_frame: Any) -> None:
-        if self.interrupted or self.task is None:  # asked twice, or nothing to save yet
+        if self.interrupted or self.task is None or self.progress.finished:  # asked twice, nothing to save yet or anew
             raise SystemExit(130)
         self.interrupted = True
 
-    def update(self, trainer: bt.Trainer, stats: bt.StepStats) -> None:
-        cfg = trainer.cfg
+    def update(self, cfg: bt.Config, tokens: int, stats: list[bt.StepStats]) -> None:
+        """Show where training stands after so many tokens: one SAE's numbers, or the range of several SAEs'."""
         if self.task is None:
             self.stop()
             self.task = self.progress.add_task("", total=cfg.tokens, rate="…", fvu="…", l0="…", dead="…")
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
-            say(f"{cfg.n_latents} latents on {site} of {cfg.model}, {cfg.d_model} wide; {cfg.tokens:,} tokens, k = {cfg.k:g}, "
-                f"on {trainer.device}")
+            what = f"{cfg.n_latents} latents, k = {cfg.k:g}," if len(stats) == 1 else f"{len(stats)} SAEs"
+            say(f"{what} on {site} of {cfg.model}, {cfg.d_model} wide; {cfg.tokens:,} tokens on {bt.resolve_device(cfg.device)}")
             self.shown = self.progress
             self.shown.start()
+
+        def span(values: list[float], form: str) -> str:
+            low, high = format(min(values), form), format(max(values), form)
+            return low if low == high else f"{low}-{high}"
+
         speed = self.progress.tasks[0].speed
-        self.progress.update(self.task, completed=trainer.tokens_seen, rate=f"{speed:,.0f}" if speed else "…",
-                             fvu=f"{stats.fvu:.3f}", l0=f"{stats.l0:.1f}", dead=f"{stats.dead / cfg.n_latents:.1%}")
+        self.progress.update(self.task, completed=tokens, rate=f"{speed:,.0f}" if speed else "…", fvu=span([s.fvu for s in stats], ".3f"),
+                             l0=span([s.l0 for s in stats], ".1f"), dead=span([s.dead for s in stats], ","))
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -669,15 +691,15 @@ def show(result: dict[str, Any], cfg: bt.Config, as_json: bool) -> None:
 
 def l0_line(histogram: list[int], k: float) -> str:
     """The spread of active latents per token, in words."""
-    total, seen, quantiles = sum(histogram), 0, []
-    wanted = [0.05, 0.5, 0.95]
-    for count, tokens in enumerate(histogram):
-        seen += tokens
-        while len(quantiles) < 3 and seen >= wanted[len(quantiles)] * total:
-            quantiles.append(count)
-    low, middle, high = quantiles
+    low, middle, high = l0_quantiles(histogram)
     return (f"Active latents per token with θ: 5 % of tokens have {low} or fewer, half {middle} or fewer, 5 % {high} or "
             f"more, the most {len(histogram) - 1}; k = {k:g} is the mean aimed at.")
+
+
+def l0_quantiles(histogram: list[int]) -> list[int]:
+    """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] is the number of tokens with count c."""
+    below, total = list(itertools.accumulate(histogram)), sum(histogram)
+    return [next(count for count, tokens in enumerate(below) if tokens >= share * total) for share in (0.05, 0.5, 0.95)]
 
 
 if __name__ == "__main__":

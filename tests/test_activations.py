@@ -167,7 +167,7 @@ def test_contexts_are_the_documents_in_order_separated_by_the_begin_token_withou
 def test_training_contexts_are_shuffled_far_beyond_the_buffer_each_once(tmp_path, lm):
     """Bug here once: text in the order of its documents, of which a few fill the buffer, cost a tenth of the error."""
     write_texts(tmp_path, [f"line {i} of {i * i}" for i in range(600)])
-    cfg = small(dataset=str(tmp_path / "a.jsonl"), context=16, model_batch=4, shuffle_contexts=40)
+    cfg = small(dataset=str(tmp_path / "a.jsonl"), context=16, model_batch=4, text_shuffle=40)
     ordered = torch.cat(list(bt.Contexts(cfg, lm.tokenizer, "train")))[:80]
 
     def first_80(seed):
@@ -282,17 +282,23 @@ def test_saes_trained_together_are_those_trained_alone(lm, tmp_path):
     assert together[2]["theta"] == alone[0]["theta"] and [r["name"] for r in together] == ["batch", "jump", "token"]
 
 
-def test_an_interrupted_comparison_continues_to_the_same_end(lm, tmp_path):
+def test_an_interrupted_comparison_continues_to_the_same_end(lm, tmp_path, monkeypatch):
     seen = []
 
-    def stop(tokens, stats):
+    def stop(cfg, tokens, stats):
         seen.append(tokens)
         if len(seen) == 9:
             raise KeyboardInterrupt
 
+    def stop_evaluating(*_):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=stop)
-    twice = bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=lambda tokens, stats: seen.append(tokens))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bt, "evaluate_run", stop_evaluating)
+        bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=lambda cfg, tokens, stats: seen.append(tokens))
+    twice = bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=lambda cfg, tokens, stats: seen.append(tokens))
     once = bt.train_together(small_configs(lm), lm, tmp_path / "once")
     assert seen == sorted(set(seen)) and not (tmp_path / "twice" / "state.safetensors").exists()
     assert [r["theta"] for r in twice] == [r["theta"] for r in once]

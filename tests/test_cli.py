@@ -1,5 +1,6 @@
 """The command line: what people see, and that their mistakes end in one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -69,8 +70,6 @@ def test_export_writes_what_the_sae_computes(run, tmp_path):
 
 def test_every_field_of_config_is_an_option_with_its_default():
     text = re.sub(r"[\s│]+", " ", invoke("train", "--help").stdout)
-    import dataclasses
-
     for field in dataclasses.fields(bt.Config):
         assert "--" + field.name.replace("_", "-")[:20] in text, field.name
     assert "average active latents per token" in text and "[default: (32)]" in text
@@ -150,9 +149,9 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     folder, printed = run
     update = cli.TrainingBar.update
 
-    def interrupt_after(self, trainer, stats):
-        self.interrupted = trainer.steps == 11
-        update(self, trainer, stats)
+    def interrupt_after(self, cfg, tokens, stats):
+        self.interrupted = tokens == 11 * SMALL["batch_size"]
+        update(self, cfg, tokens, stats)
 
     monkeypatch.setattr(cli.TrainingBar, "update", interrupt_after)
     result = invoke("train", "--out", tmp_path, "--name", "small", *OPTIONS)
@@ -231,8 +230,8 @@ def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypa
     printed = json.loads(result.stdout)
     assert len(printed["results"]) == 8 and {r["config"]["activation"] for r in printed["results"]} == {"batchtopk", "topk"}
     assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == printed["results"]
-    assert {Path(f).name for f in printed["figures"]} == {"error-against-k.png", "active-latents.png"}
-    assert all(Path(f).read_bytes().startswith(b"\x89PNG") for f in printed["figures"])
+    assert {r["name"] for r in printed["results"]} == {f"{a}-k={k}-seed={seed}" for a in ("batchtopk", "topk") for k in (4, 8) for seed in (0, 1)}
+    assert Path(printed["figure"]).read_bytes().startswith(b"\x89PNG")
     for r in printed["results"]:
         assert r["batch"]["l0"] == pytest.approx(r["k"], rel=1e-3) and bt.SAE.load(tmp_path / r["name"]).config.seed == r["config"]["seed"]
     monkeypatch.setattr(bt, "Trainer", None)  # what is finished is not trained again
@@ -242,6 +241,36 @@ def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypa
     assert other.exit_code == 2 and "other configurations" in other.stderr
 
 
-def test_a_list_that_is_none_is_named(tmp_path):
-    result = invoke("compare", "--out", tmp_path, "--k", "4;8")
-    assert result.exit_code == 2 and "'4;8'" in result.stderr
+def test_recipes_and_single_changes_are_settings_too(tmp_path, monkeypatch):
+    seen = {}
+
+    def stop(configs, lm, folder, on_step):
+        seen.update(configs)
+        raise bt.Unavailable("seen enough")
+
+    monkeypatch.setattr(bt, "train_together", stop)
+    invoke("compare", "--out", tmp_path, "--study", "recipe", "--change", "none,lr=0.5", "--seeds", "1")
+    assert list(seen) == [f"batchtopk-recipe={r}-change={c}-seed=0" for r in ("ours", "paper") for c in ("none", "lr=0.5")]
+    ours, changed, paper, _ = seen.values()
+    assert changed == dataclasses.replace(ours, lr=0.5) and (paper.lr, paper.batch_size, paper.normalize, paper.b_dec_init) == (3e-4, 4096, "token", "zero")
+    assert paper.n_latents == ours.n_latents and paper.decay == paper.warmup == 0 and (paper.beta1, paper.beta2) == (0.9, 0.99)
+
+
+@pytest.mark.parametrize("study", cli.STUDIES)
+def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, tmp_path, monkeypatch):
+    def stop(configs, lm, folder, on_step):
+        raise bt.Unavailable(f"{len(bt.check_together(configs) and configs)} SAEs")
+
+    monkeypatch.setattr(bt, "train_together", stop)
+    result = invoke("compare", "--out", tmp_path, "--study", study, "--seeds", "1")
+    assert int(re.search(r"error: (\d+) SAEs", result.stderr)[1]) > 1
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--k", "4;8"], "'4;8'"), (["--study", "all"], "'all'.*methods, k,"), (["--recipe", "ours,mine"], "'mine'.*ours, paper"),
+    (["--change", "layer=2"], "'layer' cannot be varied"), (["--change", "lr"], "lr is ''"), (["--activation", "relu"], "'relu'"),
+    (["--batch-size", "1000,1024"], "1000, does not divide 1024")])
+def test_a_comparison_that_cannot_be_is_refused_in_a_line(arguments, said, tmp_path):
+    result = invoke("compare", "--out", tmp_path, *arguments)
+    assert result.exit_code == 2 and re.search(said, result.stderr) and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not list(tmp_path.iterdir())

@@ -418,9 +418,19 @@ def test_jumprelu_reaches_the_l0_asked_for(planted):
     trainer = bt.Trainer(cfg)
     sae = bt.train(cfg, (planted.batch(256, i) for i in range(10_000)), trainer=trainer)
     metrics = bt.evaluate(sae, [planted.batch(4096, 900)])["theta"]
-    assert metrics["l0"] == pytest.approx(4, rel=0.05) and metrics["fvu"] < 0.1
+    assert metrics["l0"] == pytest.approx(4, rel=0.02) and metrics["fvu"] < 0.1
     assert sae.log_threshold.std() > 0.01, "the thresholds should have parted"
     assert trainer.l0_coef > 0 and sae.theta.isnan(), "it has thresholds, no θ"
+
+
+def test_calibration_scales_the_thresholds_until_l0_is_k():
+    """For one batch the factor is exactly the N-th largest entry, in units of its latent's threshold."""
+    sae, x = jump_sae(batch_size=64), randn(64, 12, seed=5)
+    before, z = sae.threshold().detach(), sae.pre_activations(x).detach()
+    expected = (z / before).flatten().sort(descending=True).values[sae.config.n_kept(64) - 1]
+    assert bt.calibrate(sae, [x]) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(sae.threshold().detach(), before * expected)
+    assert (sae.encode(x) > 0).sum() == pytest.approx(sae.config.n_kept(64), abs=1)
 
 
 def test_thresholds_stay_float32_and_travel(tmp_path):
