@@ -1791,6 +1791,87 @@ def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike, held_ou
             "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}
 
 
+@torch.no_grad()
+def describe_latents(sae: SAE, lm: LanguageModel, contexts: Tensor, latents: Iterable[int] | None = None, *, count: int = 12,
+                     top: int = 10) -> list[dict[str, Any]]:
+    """What single latents respond to and what they write, on contexts [n, T] of token ids: JSON-ready.
+
+    Args: latents, their numbers. By default `count` of those that fired on `top` tokens or more, at equal steps of rank in
+        density from the densest to the rarest, so that dull ones are among them; top, how many contexts of each are shown.
+    Returns for each latent {"latent", "density": share of tokens it fired on, "max", "mean": of its activations, "top":
+    contexts in which it fired most, "lower": two contexts each around the 75th, 50th and 25th percentile of its activations,
+    "promotes", "suppresses": [token, effect] through the unembedding, the final norm left out (empty if the site does not
+    write to the residual stream), "neighbours": [latent, cosine of the decoder rows]}; a context being {"tokens": text of
+    each of up to 24 tokens, "activations": the latent's on each, "peak": place of the token it stands for, "value"}.
+    Raises InputError for numbers that are not latents.
+    """
+    n_latents, kept = len(sae.b_enc), lm.is_kept(contexts.to(lm.device))
+    if bad := [j for j in latents or () if not 0 <= j < n_latents]:
+        raise InputError(f"latent {bad[0]} does not exist; give numbers from 0 to {n_latents - 1}")
+    x = torch.cat([lm.activations(ids)[lm.is_kept(ids.to(lm.device))] for ids in contexts.split(sae.config.model_batch)])
+    (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device)))
+    place = kept.flatten().nonzero().squeeze(1).cpu()[row]  # in contexts, flattened
+    order = value.argsort(descending=True, stable=True)
+    order = order[latent[order].argsort(stable=True)]  # by latent, then from the largest down
+    place, value = place[order], value[order]
+    starts = group_starts(latent[order], n_latents)
+    fired = starts.diff()
+    if latents is None:
+        ranked = fired.argsort(descending=True, stable=True)[: int((fired >= top).sum())]
+        steps = torch.linspace(0, max(0, len(ranked) - 1), min(count, len(ranked))).round().long()
+        latents = ranked[steps].tolist()
+    unembedding = lm.model.get_output_embeddings()
+    writes = not sae.config.module and unembedding is not None and unembedding.weight.shape[1] == sae.W_dec.shape[1]
+    piece = functools.cache(lambda token: lm.tokenizer.decode([token]))
+    length = contexts.shape[1]
+
+    def example(places: Tensor, values: Tensor, i: int) -> dict[str, Any]:
+        context, t = divmod(int(places[i]), length)
+        first = max(0, min(t - 15, length - 24))
+        last, activations = min(first + 24, length), [0.0] * min(24, length)
+        inside = (places >= context * length + first) & (places < context * length + last)
+        for at, v in zip((places[inside] - context * length - first).tolist(), values[inside].tolist()):
+            activations[at] = round(v, 4)
+        return {"tokens": [piece(token) for token in contexts[context, first:last].tolist()], "activations": activations, "peak": t - first,
+                "value": float(values[i])}
+
+    described = []
+    for j in latents:
+        places, values = (t[starts[j] : starts[j + 1]] for t in (place, value))
+        shown: set[int] = set()
+
+        def pick(ranks: Iterable[int], n: int) -> list[dict[str, Any]]:
+            """Examples of the first n of the ranks that lie in contexts not shown yet."""
+            picked: list[int] = []
+            for i in ranks:
+                if len(picked) == n:
+                    break
+                if (context := int(places[i]) // length) not in shown:
+                    shown.add(context)
+                    picked.append(i)
+            return [example(places, values, i) for i in picked]
+
+        largest_first = pick(range(len(values)), top)
+        middles = [round((1 - share) * len(values)) for share in (0.75, 0.5, 0.25)]
+        lower = [e for middle in middles for e in pick(range(middle, min(middle + 40, len(values))), 2)]
+        direction = sae.W_dec[j].float()
+        cosines = functional.cosine_similarity(sae.W_dec.float(), direction[None])
+        cosines[j] = -2  # not a neighbour of itself
+        nearest = cosines.topk(min(5, n_latents - 1))
+        effects: dict[str, list] = {"promotes": [], "suppresses": []}
+        if writes:
+            logits = (unembedding.weight.float() @ direction.to(lm.device)).cpu()
+            logits -= logits.mean()  # what all tokens gain changes no probability
+            for name, sign in (("promotes", 1), ("suppresses", -1)):
+                best = (sign * logits).topk(min(8, len(logits))).indices.tolist()
+                effects[name] = [[piece(token), round(float(logits[token]), 4)] for token in best]
+        described.append({
+            "latent": int(j), "density": len(values) / len(x), "max": float(values[0]) if len(values) else 0.0,
+            "mean": float(values.mean()) if len(values) else 0.0, "top": largest_first, "lower": lower, **effects,
+            "neighbours": [[i, round(c, 4)] for i, c in zip(nearest.indices.tolist(), nearest.values.tolist())]})
+    return described
+
+
 def to_json_values(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics without their tensors (the densities of single latents)."""
     return {name: to_json_values(value) if isinstance(value, dict) else value

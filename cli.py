@@ -3,6 +3,7 @@
     python cli.py train                      # a BatchTopK SAE on the embedded GPT-2, in about a minute
     python cli.py eval runs/tiny             # its metrics on held-out text
     python cli.py export runs/tiny           # a TorchScript encoder that depends on no batch
+    python cli.py latents runs/tiny          # what single latents respond to and write
     python cli.py compare                    # BatchTopK, TopK and JumpReLU on the same activations, three seeds
     python cli.py bench                      # how fast a training step is on this machine, and why
 
@@ -20,11 +21,13 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
 import tempfile
 import time
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Optional
 
@@ -35,6 +38,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch.optim.adam import adam
 from torch.profiler import ProfilerActivity, profile
 
@@ -59,7 +63,8 @@ def one_line_errors(command: Callable) -> Callable:
         try:
             command(*args, **kwargs)
         except (bt.InputError, bt.Unavailable, OSError) as error:
-            text = f"error: {error}" + (f" ({why})" if (why := reason(error.__cause__)) else "")
+            why = reason(error.__cause__) if isinstance(error, bt.Unavailable) else ""
+            text = f"error: {error}" + (f" ({why})" if why else "")
             say(" ".join(text.split()), style="red")
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
 
@@ -194,6 +199,146 @@ def export(
     else:
         out.print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB). Loaded again and compared with the SAE on 256 "
                   f"rows: largest difference {difference:g}.", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: python cli.py latents runs/tiny 17 412 --html latents.html")
+@one_line_errors
+def latents(
+    run: Run,
+    numbers: Annotated[Optional[list[int]], typer.Argument(
+        metavar="[LATENT …]", help="Numbers of latents. Without any, --count of those that fired on --top tokens or more, at equal steps "
+        "of rank in density from the densest to the rarest: dull ones are among them.", show_default=False)] = None,
+    top: Annotated[int, typer.Option(help="Contexts in which a latent is most active.", min=1)] = 10,
+    count: Annotated[int, typer.Option(help="How many latents to choose where none is named.", min=1)] = 12,
+    html: Annotated[Optional[Path], typer.Option(help="Write one self-contained page, with search and sort.", show_default="none")] = None,
+    device: Device = bt.Config.device,
+    as_json: Json = False,
+) -> None:
+    """Show what single latents respond to and what they write, on held-out text."""
+    device = str(bt.resolve_device(device))
+    sae = bt.SAE.load(run, device=device)
+    sae.threshold()
+    if html and not html.parent.is_dir():
+        raise bt.Unavailable(f"folder {str(html.parent)!r} does not exist; create it, or choose another file")
+    with err.status(f"reading held-out text with {run}"):
+        lm = bt.LanguageModel.from_config(dataclasses.replace(sae.config, device=device))
+        contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
+        described = bt.describe_latents(sae, lm, contexts, numbers, count=count, top=top)
+    n_tokens = int(lm.is_kept(contexts.to(lm.device)).sum())
+    about = (f"{len(described)} of {sae.config.n_latents} latents of {run} on {n_tokens:,} held-out tokens, {sae.config.site} of block "
+             f"{sae.config.layer} of {sae.config.model}")
+    if html:
+        html.write_text(latents_page(about, described), encoding="utf-8")
+    if as_json:
+        print(json.dumps({"run": str(run), "tokens": n_tokens, "latents": described}))
+        return
+    if html:
+        out.print(f"Wrote {html} ({html.stat().st_size / 1e3:.0f} kB): {about}.", highlight=False, soft_wrap=True)
+        return
+    out.print(about, highlight=False, soft_wrap=True)
+    for latent in described:
+        show_latent(latent)
+
+
+def show_latent(latent: dict[str, Any]) -> None:
+    """One latent: what it fires on, in colour by activation, the strongest token underlined; what it writes."""
+    out.print(f"\n[bold]latent {latent['latent']}[/]  density {latent['density']:.3%}, max {latent['max']:.3g}, mean {latent['mean']:.3g}", highlight=False)
+    for name in ("promotes", "suppresses"):
+        if latent[name]:
+            out.print(Text(f"{name:<11}" + "  ".join(f"{short(token)} {effect:+.2f}" for token, effect in latent[name])), no_wrap=True, overflow="ellipsis")
+    out.print(Text(f"{'neighbours':<11}" + "  ".join(f"{number} ({cosine:.2f})" for number, cosine in latent["neighbours"])), no_wrap=True)
+    for title, examples in (("most active", latent["top"]), ("less active", latent["lower"])):
+        if examples:
+            out.print(Text(title, style="dim"))
+        for example in examples:
+            line = Text(f"{example['value']:>8.3g}  ")
+            for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"])):
+                strength = activation / latent["max"] if latent["max"] else 0.0
+                style = f"black on rgb({round(255 - 200 * strength)},{round(255 - 110 * strength)},255)" if activation else ""
+                line.append(visible(token), style=style + (" bold underline" if i == example["peak"] else ""))
+            out.print(line, no_wrap=True, overflow="ellipsis")
+
+
+def short(token: str) -> str:
+    """A token as a word in a list: long runs of blanks are counted."""
+    return re.sub(" {3,}", lambda run: f"␣×{len(run[0])}", visible(token))
+
+
+def visible(token: str) -> str:
+    """A token in one line, without control characters."""
+    return "".join("↵" if c == "\n" else "→" if c == "\t" else c if c.isprintable() else "·" for c in token)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>Latents</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; color: #1a1a1a; background: #fff }
+h1 { font-size: 1.3rem; margin: 0 } h2 { font-size: 1.05rem; margin: 0 }
+.tools { position: sticky; top: 0; background: #fff; padding: .6rem 0; display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; border-bottom: 1px solid #ccc }
+.tools input { flex: 1 1 12rem; min-width: 0 } .tools input, .tools select { font: inherit; padding: .3rem .5rem }
+article { border-bottom: 1px solid #ddd; padding: 1rem 0 } .facts, .words, h3 { color: #555; font-size: .85rem; margin: .2rem 0; font-weight: normal }
+.words code, .context { font-family: ui-monospace, monospace; font-size: .8rem } .words code { background: #eee; border-radius: 3px; padding: 0 .25rem; white-space: break-spaces; overflow-wrap: anywhere }
+.context { display: flex; gap: .6rem; padding: .15rem 0; border-top: 1px dotted #ddd }
+.context b { flex: 0 0 3.5rem; text-align: right; font-weight: normal; color: #555 } .context p { margin: 0; overflow-wrap: anywhere; white-space: break-spaces }
+.peak { font-weight: bold; text-decoration: underline } [hidden] { display: none }
+</style>
+</head>
+<body>
+<h1>Latents</h1>
+<p class="facts">ABOUT. A token is darker the more the latent is active on it; the underlined one gives the number on the left.</p>
+<div class="tools"><input id="search" type="search" placeholder="search tokens or a latent's number" aria-label="search">
+<select id="sort" aria-label="sort by"><option value="rank">as chosen</option><option value="density">densest first</option><option value="-density">rarest first</option>
+<option value="max">strongest first</option><option value="-number">by number</option></select><span id="shown" class="facts"></span></div>
+<main>
+ARTICLES
+</main>
+<script>
+const main = document.querySelector("main"), all = [...main.children], search = document.getElementById("search"), sort = document.getElementById("sort");
+all.forEach((a, i) => a.dataset.rank = -i);
+function update() {
+  const wanted = search.value.toLowerCase(), key = sort.value.replace("-", ""), sign = sort.value.startsWith("-") ? -1 : 1;
+  let n = 0;
+  for (const a of all) { a.hidden = !a.textContent.toLowerCase().includes(wanted); n += !a.hidden; }
+  main.append(...all.sort((a, b) => sign * (b.dataset[key] - a.dataset[key])));
+  document.getElementById("shown").textContent = n + " of " + all.length;
+}
+search.addEventListener("input", update); sort.addEventListener("change", update); update();
+</script>
+</body>
+</html>
+"""
+
+
+def latents_page(about: str, described: list[dict[str, Any]]) -> str:
+    """One page that needs nothing else. Tokens are text that anyone may have written, so everything is escaped."""
+    articles = []
+    for latent in described:
+        parts = [f'<article data-number="{latent["latent"]}" data-density="{latent["density"]:.9f}" data-max="{latent["max"]:.6f}">',
+                 f'<h2>latent {latent["latent"]}</h2>',
+                 f'<p class="facts">density {latent["density"]:.3%} · max {latent["max"]:.3g} · mean {latent["mean"]:.3g}</p>']
+        for name in ("promotes", "suppresses"):
+            if latent[name]:
+                parts.append(f'<p class="words">{name} ' + " ".join(
+                    f"<code>{escape(short(token))}</code> {effect:+.2f}" for token, effect in latent[name]) + "</p>")
+        parts.append('<p class="words">neighbours ' + ", ".join(f"{number} ({cosine:.2f})" for number, cosine in latent["neighbours"]) + "</p>")
+        for title, examples in (("most active", latent["top"]), ("less active: around the 75th, 50th and 25th percentile", latent["lower"])):
+            parts.append(f"<h3>{title}</h3>" if examples else "")
+            for example in examples:
+                spans = []
+                for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"])):
+                    text, strength = escape(visible(token)), activation / latent["max"] if latent["max"] else 0.0
+                    mark = (' class="peak"' if i == example["peak"] else "") + (
+                        f' style="background:rgb({round(255 - 160 * strength)},{round(255 - 90 * strength)},255)" title="{activation:.3g}"' if activation else "")
+                    spans.append(f"<span{mark}>{text}</span>" if mark else text)
+                parts.append(f'<div class="context"><b>{example["value"]:.3g}</b><p>{"".join(spans)}</p></div>')
+        articles.append("\n".join(part for part in parts if part) + "\n</article>")
+    return PAGE.replace("ABOUT", escape(about)).replace("ARTICLES", "\n".join(articles) or "<p>No latent fired often enough.</p>")
 
 
 STUDIES = {  # what `compare --study` varies, unless an option says otherwise; values by commas

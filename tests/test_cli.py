@@ -274,3 +274,58 @@ def test_a_comparison_that_cannot_be_is_refused_in_a_line(arguments, said, tmp_p
     result = invoke("compare", "--out", tmp_path, *arguments)
     assert result.exit_code == 2 and re.search(said, result.stderr) and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_latents_shows_chosen_ones_and_writes_a_page_that_needs_nothing_else(run, tmp_path):
+    folder, _ = run
+    printed = json.loads(invoke("latents", folder, "--count", 5, "--top", 3, "--json", "--device", "cpu", "--html", tmp_path / "page.html").stdout)
+    densities = [latent["density"] for latent in printed["latents"]]
+    assert len(densities) == 5 and densities == sorted(densities, reverse=True) and densities[-1] * printed["tokens"] >= 3
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<article ") == 5 and not re.search(r"(src|href)=\"(?!data:)", page) and "default-src 'none'" in page
+    text = invoke("latents", folder, 7, 3, "--device", "cpu").stdout
+    assert text.index("latent 7 ") < text.index("latent 3 ") and "promotes" in text and "neighbours" in text
+    assert not any(len(line) > 80 for line in text.splitlines()[1:]), text
+    wrong = invoke("latents", folder, 256, "--device", "cpu")
+    assert wrong.exit_code == 2 and "latent 256 does not exist; give numbers from 0 to 255" in wrong.stderr
+
+
+def test_token_text_cannot_become_markup_or_leave_its_line():
+    evil = '<script>alert("x")</script>&\x1b[31m\n'
+    example = {"tokens": [evil, "[red]"], "activations": [1.0, 0.0], "peak": 0, "value": 1.0}
+    latent = {"latent": 1, "density": 0.5, "max": 1.0, "mean": 1.0, "top": [example], "lower": [], "promotes": [[evil, 1.0]], "suppresses": [],
+              "neighbours": []}
+    page = cli.latents_page("<b>about</b>", [latent])
+    assert page.count("<script>") == 1 and "\x1b" not in page and "<b>about" not in page
+    assert page.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;·[31m↵") == 2
+    with cli.out.capture() as captured:
+        cli.show_latent(latent)
+    assert "\x1b" not in captured.get() and "[red]" in captured.get() and captured.get().count(evil[:8]) == 2
+
+
+def test_what_is_said_of_a_latent_is_so(run, lm):
+    """Against the dense encoder: densities, largest activations, contexts shown once, activations of the tokens beside the peak."""
+    folder, _ = run
+    sae = bt.SAE.load(folder)
+    lm = bt.LanguageModel.from_config(sae.config)
+    contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1][:12]
+    f = torch.zeros(*contexts.shape, 256)
+    kept = lm.is_kept(contexts)
+    f[kept] = sae.encode(lm.activations(contexts)[kept]).detach()
+    for latent in bt.describe_latents(sae, lm, contexts, count=6, top=4):
+        mine = f[..., latent["latent"]]
+        assert latent["density"] == pytest.approx(float((mine > 0).sum() / kept.sum())) and latent["max"] == pytest.approx(float(mine.max()), rel=1e-5)
+        best = mine.amax(1).sort(descending=True).values
+        assert [e["value"] for e in latent["top"]] == pytest.approx(best[best > 0][:4].tolist(), rel=1e-5)
+        for e in latent["top"] + latent["lower"]:
+            text = [[lm.tokenizer.decode([i]) for i in context.tolist()] for context in contexts]
+            places = [(c, t) for c in range(12) for t in range(len(text[c])) if text[c][t : t + 24] == e["tokens"]]
+            found = [mine[c, t : t + 24].tolist() for c, t in places]
+            assert any(activations == pytest.approx(e["activations"], abs=2e-4) for activations in found)
+            assert e["activations"][e["peak"]] == pytest.approx(e["value"], abs=1e-4)
+        assert all(e["value"] <= latent["top"][-1]["value"] + 1e-6 for e in latent["lower"])
+        rows = torch.nn.functional.normalize(sae.W_dec, dim=1).detach()
+        cosines = rows @ rows[latent["latent"]]
+        assert latent["neighbours"][0][1] == pytest.approx(float(cosines.sort().values[-2]), abs=1e-4)
+        effect = lm.model.get_output_embeddings().weight.detach() @ sae.W_dec[latent["latent"]].detach()
+        assert latent["promotes"][0][0] == lm.tokenizer.decode([int(effect.argmax())]) and latent["promotes"][0][1] > 0 > latent["suppresses"][0][1]

@@ -3,13 +3,18 @@
     python tests/assets/make_tiny_gpt2.py                                # 6 M tokens, half an hour on four cores
     python tests/assets/make_tiny_gpt2.py --further --tokens 5_000_000   # 5 M more, which made the model as committed
     python tests/assets/make_tiny_gpt2.py --evaluate                     # the held-out loss of the model as committed
+    python tests/assets/make_tiny_gpt2.py --second FOLDER                # another model, to see that nothing is tuned to one
 
 A GPT-2 of 4 blocks x 256, context 128, byte-level BPE of 4096 tokens: small enough for a repository, trained for real,
 so that its residual stream has something to find. Files are split into training and held-out ones by a hash of their
 path (batchtopk.stdlib_documents), so the split is the same on every machine and for every Python version.
+
+The second model differs in width, depth, tokeniser and text: 3 blocks x 192, BPE of 1024 tokens, 2 M tokens of the C++
+headers that torch comes with, which are left beside it as FOLDER.jsonl.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -22,9 +27,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from batchtopk import stdlib_documents  # noqa: E402
+from batchtopk import Config, documents  # noqa: E402
 
 FOLDER, CONTEXT, VOCAB, BATCH, TOKENS = HERE / "tiny-gpt2", 128, 4096, 32, 6_000_000
+WIDTH, BLOCKS, DATASET = 256, 4, "stdlib"
+
+
+def texts(split: str) -> list[str]:
+    return list(documents(Config(d_model=WIDTH, n_latents=WIDTH, dataset=DATASET), split))
+
+
+def write_headers(path: Path) -> None:
+    """The C++ headers of the installed torch, in the order of a hash of their paths, as a data set of one text a line."""
+    root = Path(torch.__file__).parent / "include"
+    headers = sorted(root.rglob("*.h"), key=lambda header: hashlib.sha256(header.relative_to(root).as_posix().encode()).digest())
+    path.write_text("".join(json.dumps({"text": h.read_text(encoding="utf-8", errors="replace")}) + "\n" for h in headers), encoding="utf-8")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -34,14 +51,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    bpe.train_from_iterator(stdlib_documents("train"), trainer)
+    bpe.train_from_iterator(texts("train"), trainer)
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end)
 
 
 def token_stream(tokenizer, split: str) -> torch.Tensor:
     """All documents of a split as one row of token ids, each preceded by the end-of-text token."""
-    rows = tokenizer(list(stdlib_documents(split)), add_special_tokens=False)["input_ids"]
+    rows = tokenizer(texts(split), add_special_tokens=False)["input_ids"]
     return torch.tensor([i for row in rows for i in [tokenizer.eos_token_id, *row]])
 
 
@@ -76,7 +93,7 @@ def train(tokens: int, further: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER) if further else make_tokenizer()
     stream, held_out = token_stream(tokenizer, "train"), token_stream(tokenizer, "held-out")
     print(f"{len(stream):,} training tokens, {len(held_out):,} held-out tokens", flush=True)
-    config = GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=4, n_head=4,
+    config = GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=BLOCKS, n_head=4,
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32) if further else GPT2LMHeadModel(config)
@@ -117,7 +134,12 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--further", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--second", type=Path, metavar="FOLDER")
     args = parser.parse_args()
+    if args.second:
+        FOLDER, DATASET, VOCAB, WIDTH, BLOCKS = args.second, f"{args.second}.jsonl", 1024, 192, 3
+        args.tokens = min(args.tokens, 2_000_000)
+        write_headers(Path(DATASET))
     if not args.evaluate:
         train(args.tokens, args.further)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
