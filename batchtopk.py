@@ -73,7 +73,7 @@ class Config:
                               "what exceeds a threshold learnt for each latent", choices=("batchtopk", "topk", "jumprelu"))
     bandwidth: float = _option(0.03, "jumprelu: width of the window around a threshold in which entries move it, in units of the "
                                "inputs' root mean squared norm (paper: 0.001; see README)", min=1e-9)
-    jump_start: float = _option(0.1, "jumprelu: share of the run that selects as batchtopk does, whose threshold all latents' "
+    jump_start: float = _option(0.3, "jumprelu: share of the run that selects as batchtopk does, whose threshold all latents' "
                                 "thresholds follow until then", min=0, max=1)
     l0_coef: float = _option(0.0, "jumprelu: weight of the L0 penalty, in units of the inputs' variance; 0 adapts it until L0 is k", min=0)
     normalize: str = _option("scale", "scale: one scalar for all inputs, folded into the weights; token: each token to "
@@ -84,8 +84,8 @@ class Config:
     tokens: int = _option(1_000_000, "length of the run in tokens", min=1)
     batch_size: int = _option(1024, "B, tokens in a batch; a smaller one gives more steps at equal tokens", min=1)
     lr: float = _option(2e-3, "peak learning rate of Adam; lower it for long runs (paper: 3e-4 at 1e9 tokens)", min=0)
-    beta1: float = _option(0.9, "Adam's decay of the mean gradient (paper)", min=0, max=1)
-    beta2: float = _option(0.99, "Adam's decay of the mean squared gradient (paper)", min=0, max=1)
+    beta1: float = _option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", min=0, max=1)
+    beta2: float = _option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", min=0, max=1)
     warmup: float = _option(0.02, "share of the run in which the learning rate rises to its peak", min=0, max=1)
     decay: float = _option(0.3, "share of the run in which the learning rate falls to zero", min=0, max=1)
     aux_k: int = _option(512, "dead latents per token that reconstruct the residual (paper)", min=0)

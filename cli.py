@@ -348,7 +348,8 @@ STUDIES = {  # what `compare --study` varies, unless an option says otherwise; v
     "batch": {"activation": "batchtopk", "batch_size": "64,256,1024,4096,8192"},
     "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
     "recipe": {"activation": "batchtopk", "recipe": "ours,paper"},
-    "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=512,batch_size=2048"},
+    "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=512,batch_size=2048,beta1=0.9,beta1=0,beta2=0.99,"
+                 "warmup=0.1,decay=0,decay=0.6,b_dec_init=zero,encoder_init=0.5,normalize=token,aux_coef=0,dead_tokens=100000"},
 }
 
 

@@ -642,7 +642,7 @@ def test_updating_some_rows_at_a_time_is_adam_on_all(rows, kernels, monkeypatch)
     trainer, twin = bt.Trainer(config(kernels=kernels)), bt.SAE(config())
     trainer.scale = 2.5
     optimizer = torch.optim.Adam([{"params": [twin.W_enc, twin.W_dec], "eps": 1e-8 / 2.5**2}, {"params": [twin.b_enc, twin.b_dec], "eps": 1e-8 / 2.5}],
-                                 betas=(0.9, 0.99))
+                                 betas=(twin.config.beta1, twin.config.beta2))
     for step in range(5):
         g = {name: randn(*parameter.shape, seed=10 * step + i) for i, (name, parameter) in enumerate(twin.named_parameters())}
         trainer.update_parameters_(bt.Gradients(g["b_enc"], g["b_dec"], lambda part: (g["W_enc"][part].clone(), g["W_dec"][part].clone()),
