@@ -83,7 +83,8 @@ class Config:
     # Training
     tokens: int = _option(1_000_000, "length of the run in tokens", min=1)
     batch_size: int = _option(1024, "B, tokens in a batch; a smaller one gives more steps at equal tokens", min=1)
-    lr: float = _option(2e-3, "peak learning rate of Adam; lower it for long runs (paper: 3e-4 at 1e9 tokens)", min=0)
+    lr: float = _option(0.0, "peak learning rate of Adam; 0 takes 3e-3 · (1e6 / tokens)^0.3, at most 5e-3, because long runs "
+                        "want lower ones (paper: 3e-4)", min=0)
     beta1: float = _option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", min=0, max=1)
     beta2: float = _option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", min=0, max=1)
     warmup: float = _option(0.02, "share of the run in which the learning rate rises to its peak", min=0, max=1)
@@ -157,6 +158,11 @@ class Config:
         """N, the entries kept among `rows` tokens."""
         return int(self.k * rows)
 
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate: as given, or by the length of the run (README, "Training choices")."""
+        return self.lr or min(5e-3, 3e-3 * (1e6 / self.tokens) ** 0.3)
+
     @classmethod
     def preset(cls, name: str, recipe: str = "ours", **overrides: Any) -> Config:
         """A named setting (see PRESETS), trained by a recipe (see RECIPES), with some fields replaced; d_model is among them."""
@@ -181,11 +187,11 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(n_latents=4096, lr=3e-3),
+    "tiny": dict(n_latents=4096),
     "gpt2-small": dict(model="openai-community/gpt2", dataset="Skylion007/openwebtext", layer=8, n_latents=24576,
-                       batch_size=4096, tokens=1_000_000_000, lr=3e-4, buffer_tokens=1_048_576, dead_tokens=1_000_000),
+                       batch_size=4096, tokens=1_000_000_000, buffer_tokens=1_048_576, dead_tokens=1_000_000),
     "gemma-2-2b": dict(model="google/gemma-2-2b", dataset="Skylion007/openwebtext", layer=12, n_latents=16384,
-                       batch_size=4096, tokens=1_000_000_000, lr=3e-4, buffer_tokens=524_288, dead_tokens=1_000_000),
+                       batch_size=4096, tokens=1_000_000_000, buffer_tokens=524_288, dead_tokens=1_000_000),
 }
 
 RECIPES: dict[str, dict[str, Any]] = {  # what a preset says of training is replaced by a recipe
@@ -1367,7 +1373,7 @@ class Trainer:
         """Of the next step: linear warm-up, constant, linear decay to zero, by tokens."""
         cfg, left = self.cfg, self.cfg.tokens - self.tokens_seen
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)
-        return cfg.lr * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
+        return cfg.peak_lr * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D], in the model's units. InputError for another shape or non-finite values."""

@@ -286,7 +286,7 @@ article { border-bottom: 1px solid #ddd; padding: 1rem 0 } .facts, .words, h3 { 
 .words code, .context { font-family: ui-monospace, monospace; font-size: .8rem } .words code { background: #eee; border-radius: 3px; padding: 0 .25rem; white-space: break-spaces; overflow-wrap: anywhere }
 .context { display: flex; gap: .6rem; padding: .15rem 0; border-top: 1px dotted #ddd }
 .context b { flex: 0 0 3.5rem; text-align: right; font-weight: normal; color: #555 } .context p { margin: 0; overflow-wrap: anywhere; white-space: break-spaces }
-.peak { font-weight: bold; text-decoration: underline } [hidden] { display: none }
+[hidden] { display: none }
 </style>
 </head>
 <body>
@@ -316,29 +316,32 @@ search.addEventListener("input", update); sort.addEventListener("change", update
 
 
 def latents_page(about: str, described: list[dict[str, Any]]) -> str:
-    """One page that needs nothing else. Tokens are text that anyone may have written, so everything is escaped."""
-    articles = []
-    for latent in described:
-        parts = [f'<article data-number="{latent["latent"]}" data-density="{latent["density"]:.9f}" data-max="{latent["max"]:.6f}">',
-                 f'<h2>latent {latent["latent"]}</h2>',
-                 f'<p class="facts">density {latent["density"]:.3%} · max {latent["max"]:.3g} · mean {latent["mean"]:.3g}</p>']
-        for name in ("promotes", "suppresses"):
-            if latent[name]:
-                parts.append(f'<p class="words">{name} ' + " ".join(
-                    f"<code>{escape(short(token))}</code> {effect:+.2f}" for token, effect in latent[name]) + "</p>")
-        parts.append('<p class="words">neighbours ' + ", ".join(f"{number} ({cosine:.2f})" for number, cosine in latent["neighbours"]) + "</p>")
-        for title, examples in (("most active", latent["top"]), ("less active: around the 75th, 50th and 25th percentile", latent["lower"])):
-            parts.append(f"<h3>{title}</h3>" if examples else "")
-            for example in examples:
-                spans = []
-                for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"])):
-                    text, strength = escape(visible(token)), activation / latent["max"] if latent["max"] else 0.0
-                    mark = (' class="peak"' if i == example["peak"] else "") + (
-                        f' style="background:rgb({round(255 - 160 * strength)},{round(255 - 90 * strength)},255)" title="{activation:.3g}"' if activation else "")
-                    spans.append(f"<span{mark}>{text}</span>" if mark else text)
-                parts.append(f'<div class="context"><b>{example["value"]:.3g}</b><p>{"".join(spans)}</p></div>')
-        articles.append("\n".join(part for part in parts if part) + "\n</article>")
-    return PAGE.replace("ABOUT", escape(about)).replace("ARTICLES", "\n".join(articles) or "<p>No latent fired often enough.</p>")
+    """One page that needs nothing else."""
+    articles = "\n".join(latent_article(latent) for latent in described)
+    return PAGE.replace("ABOUT", escape(about)).replace("ARTICLES", articles or "<p>No latent fired often enough.</p>")
+
+
+def latent_article(latent: dict[str, Any]) -> str:
+    """One latent as HTML. Tokens are text that anyone may have written, so everything is escaped."""
+    parts = [f'<article data-number="{latent["latent"]}" data-density="{latent["density"]:.9f}" data-max="{latent["max"]:.6f}">',
+             f'<h2>latent {latent["latent"]}</h2>',
+             f'<p class="facts">density {latent["density"]:.3%} · max {latent["max"]:.3g} · mean {latent["mean"]:.3g}</p>']
+    for name in ("promotes", "suppresses"):
+        words = " ".join(f"<code>{escape(short(token))}</code> {effect:+.2f}" for token, effect in latent[name])
+        parts.append(f'<p class="words">{name} {words}</p>' if words else "")
+    parts.append('<p class="words">neighbours ' + ", ".join(f"{number} ({cosine:.2f})" for number, cosine in latent["neighbours"]) + "</p>")
+    for title, examples in (("most active", latent["top"]), ("less active: around the 75th, 50th and 25th percentile", latent["lower"])):
+        parts.append(f"<h3>{title}</h3>" if examples else "")
+        for example in examples:
+            spans = []
+            for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"])):
+                strength = activation / latent["max"] if latent["max"] else 0.0
+                style = f"background:rgb({round(255 - 160 * strength)},{round(255 - 90 * strength)},255);color:#1a1a1a;" if activation else ""
+                style += "font-weight:bold;text-decoration:underline" if i == example["peak"] else ""
+                text = escape(visible(token))
+                spans.append(f'<span style="{style}" title="{activation:.3g}">{text}</span>' if style else text)
+            parts.append(f'<div class="context"><b>{example["value"]:.3g}</b><p>{"".join(spans)}</p></div>')
+    return "\n".join(part for part in parts if part) + "\n</article>"
 
 
 STUDIES = {  # what `compare --study` varies, unless an option says otherwise; values by commas

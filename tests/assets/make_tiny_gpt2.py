@@ -9,7 +9,7 @@ A GPT-2 of 4 blocks x 256, context 128, byte-level BPE of 4096 tokens: small eno
 so that its residual stream has something to find. Files are split into training and held-out ones by a hash of their
 path (batchtopk.stdlib_documents), so the split is the same on every machine and for every Python version.
 
-The second model differs in width, depth, tokeniser and text: 3 blocks x 192, BPE of 1024 tokens, 2 M tokens of the C++
+The second model differs in width, depth, tokeniser and text: 3 blocks x 192, BPE of 1024 tokens, 1 M tokens of the C++
 headers that torch comes with, which are left beside it as FOLDER.jsonl.
 """
 
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.second:
         FOLDER, DATASET, VOCAB, WIDTH, BLOCKS = args.second, f"{args.second}.jsonl", 1024, 192, 3
-        args.tokens = min(args.tokens, 2_000_000)
+        args.tokens = min(args.tokens, 1_000_000)
         write_headers(Path(DATASET))
     if not args.evaluate:
         train(args.tokens, args.further)
