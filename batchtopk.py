@@ -1797,85 +1797,110 @@ def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike, held_ou
             "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}
 
 
+class Firings(NamedTuple):
+    """Where latents fired in contexts [n, T] of token ids, by latent, then from the largest activation down."""
+
+    contexts: Tensor  # [n, T] int64
+    place: Tensor  # [N] int64, in the contexts flattened
+    value: Tensor  # [N] float32
+    starts: Tensor  # [F + 1] int64, where each latent begins
+    n_tokens: int  # how many tokens were read, kept positions alone
+
+    def of(self, latent: int) -> tuple[Tensor, Tensor]:
+        """(place, value) of one latent."""
+        part = slice(int(self.starts[latent]), int(self.starts[latent + 1]))
+        return self.place[part], self.value[part]
+
+
 @torch.no_grad()
+def find_firings(sae: SAE, lm: LanguageModel, contexts: Tensor) -> Firings:
+    """All active entries of contexts [n, T], with θ."""
+    x = torch.cat([lm.activations(ids)[lm.is_kept(ids)] for ids in contexts.to(lm.device).split(sae.config.model_batch)])
+    (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device)))
+    place = lm.is_kept(contexts.to(lm.device)).flatten().nonzero().squeeze(1).cpu()[row]
+    order = value.argsort(descending=True, stable=True)
+    order = order[latent[order].argsort(stable=True)]
+    return Firings(contexts, place[order], value[order], group_starts(latent[order], len(sae.b_enc)), len(x))
+
+
 def describe_latents(sae: SAE, lm: LanguageModel, contexts: Tensor, latents: Iterable[int] | None = None, *, count: int = 12,
                      top: int = 10) -> list[dict[str, Any]]:
     """What single latents respond to and what they write, on contexts [n, T] of token ids: JSON-ready.
 
     Args: latents, their numbers. By default `count` of those that fired on `top` tokens or more, at equal steps of rank in
         density from the densest to the rarest, so that dull ones are among them; top, how many contexts of each are shown.
-    Returns for each latent {"latent", "density": share of tokens it fired on, "max", "mean": of its activations, "top":
+    Returns for each latent {"latent", "density": share of tokens it fired on, "max", "mean": of its activations, "top": the
     contexts in which it fired most, "lower": two contexts each around the 75th, 50th and 25th percentile of its activations,
-    "promotes", "suppresses": [token, effect] through the unembedding, the final norm left out (empty if the site does not
-    write to the residual stream), "neighbours": [latent, cosine of the decoder rows]}; a context being {"tokens": text of
-    each of up to 24 tokens, "activations": the latent's on each, "peak": place of the token it stands for, "value"}.
+    "promotes", "suppresses": see logit_effects, "neighbours": [latent, cosine of the decoder rows]}; a context as in `example`.
     Raises InputError for numbers that are not latents.
     """
-    n_latents, kept = len(sae.b_enc), lm.is_kept(contexts.to(lm.device))
+    n_latents, described = len(sae.b_enc), []
     if bad := [j for j in latents or () if not 0 <= j < n_latents]:
         raise InputError(f"latent {bad[0]} does not exist; give numbers from 0 to {n_latents - 1}")
-    x = torch.cat([lm.activations(ids)[lm.is_kept(ids.to(lm.device))] for ids in contexts.split(sae.config.model_batch)])
-    (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device)))
-    place = kept.flatten().nonzero().squeeze(1).cpu()[row]  # in contexts, flattened
-    order = value.argsort(descending=True, stable=True)
-    order = order[latent[order].argsort(stable=True)]  # by latent, then from the largest down
-    place, value = place[order], value[order]
-    starts = group_starts(latent[order], n_latents)
-    fired = starts.diff()
+    firings = find_firings(sae, lm, contexts)
     if latents is None:
+        fired = firings.starts.diff()
         ranked = fired.argsort(descending=True, stable=True)[: int((fired >= top).sum())]
-        steps = torch.linspace(0, max(0, len(ranked) - 1), min(count, len(ranked))).round().long()
-        latents = ranked[steps].tolist()
-    unembedding = lm.model.get_output_embeddings()
-    writes = not sae.config.module and unembedding is not None and unembedding.weight.shape[1] == sae.W_dec.shape[1]
-    piece = functools.cache(lambda token: lm.tokenizer.decode([token]))
-    length = contexts.shape[1]
-
-    def example(places: Tensor, values: Tensor, i: int) -> dict[str, Any]:
-        context, t = divmod(int(places[i]), length)
-        first = max(0, min(t - 15, length - 24))
-        last, activations = min(first + 24, length), [0.0] * min(24, length)
-        inside = (places >= context * length + first) & (places < context * length + last)
-        for at, v in zip((places[inside] - context * length - first).tolist(), values[inside].tolist()):
-            activations[at] = round(v, 4)
-        return {"tokens": [piece(token) for token in contexts[context, first:last].tolist()], "activations": activations, "peak": t - first,
-                "value": float(values[i])}
-
-    described = []
+        latents = ranked[torch.linspace(0, max(0, len(ranked) - 1), min(count, len(ranked))).round().long()].tolist()
     for j in latents:
-        places, values = (t[starts[j] : starts[j + 1]] for t in (place, value))
+        place, value = firings.of(j)
         shown: set[int] = set()
-
-        def pick(ranks: Iterable[int], n: int) -> list[dict[str, Any]]:
-            """Examples of the first n of the ranks that lie in contexts not shown yet."""
-            picked: list[int] = []
-            for i in ranks:
-                if len(picked) == n:
-                    break
-                if (context := int(places[i]) // length) not in shown:
-                    shown.add(context)
-                    picked.append(i)
-            return [example(places, values, i) for i in picked]
-
-        largest_first = pick(range(len(values)), top)
-        middles = [round((1 - share) * len(values)) for share in (0.75, 0.5, 0.25)]
-        lower = [e for middle in middles for e in pick(range(middle, min(middle + 40, len(values))), 2)]
-        direction = sae.W_dec[j].float()
-        cosines = functional.cosine_similarity(sae.W_dec.float(), direction[None])
+        largest_first = unseen(place, range(len(place)), top, contexts.shape[1], shown)
+        middles = [round((1 - share) * len(place)) for share in (0.75, 0.5, 0.25)]
+        lower = [i for m in middles for i in unseen(place, range(m, min(m + 40, len(place))), 2, contexts.shape[1], shown)]
+        cosines = functional.cosine_similarity(sae.W_dec.detach().float(), sae.W_dec[j].detach().float()[None])
         cosines[j] = -2  # not a neighbour of itself
         nearest = cosines.topk(min(5, n_latents - 1))
-        effects: dict[str, list] = {"promotes": [], "suppresses": []}
-        if writes:
-            logits = (unembedding.weight.float() @ direction.to(lm.device)).cpu()
-            logits -= logits.mean()  # what all tokens gain changes no probability
-            for name, sign in (("promotes", 1), ("suppresses", -1)):
-                best = (sign * logits).topk(min(8, len(logits))).indices.tolist()
-                effects[name] = [[piece(token), round(float(logits[token]), 4)] for token in best]
         described.append({
-            "latent": int(j), "density": len(values) / len(x), "max": float(values[0]) if len(values) else 0.0,
-            "mean": float(values.mean()) if len(values) else 0.0, "top": largest_first, "lower": lower, **effects,
+            "latent": int(j), "density": len(place) / firings.n_tokens, "max": float(value[0]) if len(value) else 0.0,
+            "mean": float(value.mean()) if len(value) else 0.0, "top": [example(firings, lm.tokenizer, j, i) for i in largest_first],
+            "lower": [example(firings, lm.tokenizer, j, i) for i in lower], **logit_effects(sae, lm, j),
             "neighbours": [[i, round(c, 4)] for i, c in zip(nearest.indices.tolist(), nearest.values.tolist())]})
     return described
+
+
+def unseen(place: Tensor, ranks: Iterable[int], n: int, length: int, shown: set[int]) -> list[int]:
+    """The first n of the ranks whose contexts, of `length` tokens, are not in `shown` yet; then they are."""
+    picked: list[int] = []
+    for i in ranks:
+        if len(picked) == n:
+            break
+        if (context := int(place[i]) // length) not in shown:
+            shown.add(context)
+            picked.append(i)
+    return picked
+
+
+def example(firings: Firings, tokenizer: Any, latent: int, i: int) -> dict[str, Any]:
+    """The latent's i-th largest activation in its context: {"tokens": texts of up to 24 tokens, "activations": the latent's on
+    each, "peak": place among them of the token it stands for, "value"}."""
+    place, value = firings.of(latent)
+    length = firings.contexts.shape[1]
+    context, t = divmod(int(place[i]), length)
+    first = max(0, min(t - 15, length - 24))
+    ids = firings.contexts[context, first : first + 24].tolist()
+    beyond = place - (context * length + first)
+    inside = (beyond >= 0) & (beyond < len(ids))
+    activations = torch.zeros(len(ids)).index_copy_(0, beyond[inside], value[inside])
+    return {"tokens": [tokenizer.decode([token]) for token in ids], "activations": [round(v, 4) for v in activations.tolist()],
+            "peak": t - first, "value": float(value[i])}
+
+
+@torch.no_grad()
+def logit_effects(sae: SAE, lm: LanguageModel, latent: int, n: int = 8) -> dict[str, list]:
+    """The n tokens whose logits a latent's decoder row raises and lowers most: {"promotes", "suppresses": [[token, effect] …]}.
+
+    The direct path through the unembedding, less what all tokens gain, the final norm left out. Empty where the site does
+    not write to the residual stream.
+    """
+    unembedding = lm.model.get_output_embeddings()
+    if sae.config.module or unembedding is None or unembedding.weight.shape[1] != sae.W_dec.shape[1]:
+        return {"promotes": [], "suppresses": []}
+    logits = (unembedding.weight.float() @ sae.W_dec[latent].to(lm.device).float()).cpu()
+    logits -= logits.mean()
+    order = logits.argsort()
+    return {name: [[lm.tokenizer.decode([token]), round(float(logits[token]), 4)] for token in best.tolist()]
+            for name, best in (("promotes", order.flip(0)[:n]), ("suppresses", order[:n]))}
 
 
 def to_json_values(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -664,7 +664,7 @@ def test_updating_some_rows_at_a_time_is_adam_on_all(rows, kernels, monkeypatch)
 def test_the_sparse_step_trains_like_the_plain_one(planted, activation, dtype):
     """Floating-point orders differ, so the runs drift apart slowly; after 40 steps they still agree to a thousandth."""
     stats, common = {}, dict(d_model=48, n_latents=400, batch_size=128, tokens=128 * 40, dead_tokens=256, activation=activation,
-                         beta1=0.9, beta2=0.99)  # long memories: rounding grows more slowly
+                         lr=2e-3, beta1=0.9, beta2=0.99)  # slow and steady: rounding grows more slowly
     for step in ("plain", "sparse"):
         trainer = bt.Trainer(config(step=step, encoder_dtype=dtype, **common))
         stats[step] = [trainer.step(planted.batch(128, i)) for i in range(40)]
@@ -810,3 +810,8 @@ def test_a_bfloat16_sae_can_be_evaluated(planted, planted_sae):
 def test_evaluating_nothing_is_an_error(planted_sae):
     with pytest.raises(bt.InputError, match="nothing to evaluate"):
         bt.evaluate(planted_sae, [])
+
+
+def test_the_learning_rate_follows_the_length_of_the_run_unless_it_is_given():
+    rates = [bt.Config(d_model=8, n_latents=64, tokens=tokens).peak_lr for tokens in (1_000, 10**6, 10**9)]
+    assert rates == pytest.approx([5e-3, 3e-3, 3e-3 * 10**-0.9]) and bt.Config(d_model=8, n_latents=64, lr=1e-4, tokens=10**9).peak_lr == 1e-4
