@@ -197,7 +197,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 RECIPES: dict[str, dict[str, Any]] = {  # what a preset says of training is replaced by a recipe
     "ours": {},
     "paper": dict(normalize="token", b_dec_init="zero", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99, warmup=0.0, decay=0.0,
-                  aux_coef=1 / 32, dead_tokens=20_480, encoder_init=1.0),
+                  aux_coef=1 / 32, dead_tokens=20_480, encoder_init=0.354),  # the authors' kaiming_uniform: √(2D/F), at F = 16 D
 }
 
 

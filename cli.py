@@ -483,13 +483,18 @@ def draw_error(axes: Any, names: list[str], groups: Groups, against: str, metric
         x, y, spread = zip(*points.values())
         axes.errorbar(x, y, yerr=spread, color=color, marker=marker, linestyle=line, capsize=3, label=" ".join([title, *(rest[1:] if len(lines) > 3 else ())]))
     ticks = sorted({value for points in lines.values() for value in points})
-    best = {value: min((points[value][1], STYLES[rest[0]][3]) for rest, points in lines.items() if value in points)[1] for value in ticks}
+    titles = {rest: STYLES[rest[0]][3] for rest in lines}
     lowest = min((y, value) for points in lines.values() for value, (_, y, _) in points.items())[1]
+    best = {}  # by value, the methods within the spread of the lowest
+    for value in ticks:
+        here = {titles[rest]: points[value][1:] for rest, points in lines.items() if value in points}
+        bound = min(y + spread for y, spread in here.values())
+        best[value] = " and ".join(title for title, (y, spread) in here.items() if y - spread <= bound)
     what = {"fvu": "Unexplained variance", "ce_degradation": "Loss added to the model"}[metric]
     if len(lines) == 1:
         finding = f"lowest at {lowest:g}"
     elif len(set(best.values())) == 1:
-        finding = f"{next(iter(best.values()))} lowest throughout"
+        finding = f"{best[lowest]} lowest throughout"
     else:
         finding = "lowest " + ", ".join(f"{name} at {', '.join(f'{v:g}' for v in ticks if best[v] == name)}" for name in dict.fromkeys(best.values()))
     axes.set(xscale="log", xlabel=AXES[against], ylabel={"fvu": "fraction of variance unexplained", "ce_degradation": "nats per token"}[metric])
