@@ -294,12 +294,12 @@ def test_an_interrupted_comparison_continues_to_the_same_end(lm, tmp_path, monke
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=stop)
+        bt.train_together(small_configs(lm, checkpoint_minutes=10), lm, tmp_path / "twice", on_step=stop)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(bt, "evaluate_run", stop_evaluating)
-        bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=lambda cfg, tokens, stats: seen.append(tokens))
-    twice = bt.train_together(small_configs(lm), lm, tmp_path / "twice", on_step=lambda cfg, tokens, stats: seen.append(tokens))
-    once = bt.train_together(small_configs(lm), lm, tmp_path / "once")
+        bt.train_together(small_configs(lm, checkpoint_minutes=10), lm, tmp_path / "twice", on_step=lambda cfg, tokens, stats: seen.append(tokens))
+    twice = bt.train_together(small_configs(lm, checkpoint_minutes=10), lm, tmp_path / "twice", on_step=lambda cfg, tokens, stats: seen.append(tokens))
+    once = bt.train_together(small_configs(lm, checkpoint_minutes=10), lm, tmp_path / "once")
     assert seen == sorted(set(seen)) and not (tmp_path / "twice" / "state.safetensors").exists()
     assert [r["theta"] for r in twice] == [r["theta"] for r in once]
 

@@ -328,4 +328,6 @@ def test_what_is_said_of_a_latent_is_so(run, lm):
         cosines = rows @ rows[latent["latent"]]
         assert latent["neighbours"][0][1] == pytest.approx(float(cosines.sort().values[-2]), abs=1e-4)
         effect = lm.model.get_output_embeddings().weight.detach() @ sae.W_dec[latent["latent"]].detach()
-        assert latent["promotes"][0][0] == lm.tokenizer.decode([int(effect.argmax())]) and latent["promotes"][0][1] > 0 > latent["suppresses"][0][1]
+        effect -= effect.mean()
+        for name, token in (("promotes", int(effect.argmax())), ("suppresses", int(effect.argmin()))):
+            assert latent[name][0] == [lm.tokenizer.decode([token]), pytest.approx(float(effect[token]), abs=1e-4)]

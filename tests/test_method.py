@@ -815,3 +815,12 @@ def test_evaluating_nothing_is_an_error(planted_sae):
 def test_the_learning_rate_follows_the_length_of_the_run_unless_it_is_given():
     rates = [bt.Config(d_model=8, n_latents=64, tokens=tokens).peak_lr for tokens in (1_000, 10**6, 10**9)]
     assert rates == pytest.approx([5e-3, 3e-3, 3e-3 * 10**-0.9]) and bt.Config(d_model=8, n_latents=64, lr=1e-4, tokens=10**9).peak_lr == 1e-4
+
+
+def test_b_dec_and_the_encoder_start_as_configured(planted):
+    x = planted.batch(500, 0)
+    for start, expected in (("mean", x.mean(0)), ("zero", torch.zeros(48))):
+        trainer = bt.Trainer(config(d_model=48, b_dec_init=start, encoder_init=0.25))
+        trainer.initialize_(x)
+        torch.testing.assert_close(trainer.sae.b_dec.detach(), expected)
+        torch.testing.assert_close(trainer.sae.W_enc.detach(), 0.25 * trainer.sae.W_dec.detach())
