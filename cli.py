@@ -446,7 +446,7 @@ def show_comparison(names: list[str], varied: list[str], groups: Groups) -> None
               f"training; L0 with θ; ce: ce_degradation, nats per token; dead: at the end of training; s: seconds in the SAE's own steps.", highlight=False, soft_wrap=True)
 
 
-STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"), "jumprelu": ("#525252", "^", ":", "JumpReLU")}
+STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"), "jumprelu": ("#737373", "^", ":", "JumpReLU")}
 AXES = {"k": "L0, average active latents per token", "n_latents": "F, number of latents", "batch_size": "B, tokens in a batch",
         "lr": "peak learning rate"}
 
@@ -481,7 +481,8 @@ def draw_error(axes: Any, names: list[str], groups: Groups, against: str, metric
     for rest, points in lines.items():
         color, marker, line, title = STYLES[rest[0]]
         x, y, spread = zip(*points.values())
-        axes.errorbar(x, y, yerr=spread, color=color, marker=marker, linestyle=line, capsize=3, label=" ".join([title, *(rest[1:] if len(lines) > 3 else ())]))
+        axes.errorbar(x, y, yerr=spread, color=color, marker=marker, markersize=9 if marker == "^" else 6, markerfacecolor="none" if marker == "^" else color,
+                      linestyle=line, capsize=3, label=" ".join([title, *(rest[1:] if len(lines) > 3 else ())]))
     ticks = sorted({value for points in lines.values() for value in points})
     titles = {rest: STYLES[rest[0]][3] for rest in lines}
     lowest = min((y, value) for points in lines.values() for value, (_, y, _) in points.items())[1]
@@ -509,13 +510,16 @@ def draw_active_latents(axes: Any, names: list[str], groups: Groups) -> None:
     for key, group in sorted(groups.items(), key=lambda item: abs(item[1][0]["k"] - bt.Config.k)):
         methods.setdefault(key[names.index("activation")], group[0])
     for activation, result in methods.items():
-        color, marker, line, title = STYLES[activation]
+        color, _, line, title = STYLES[activation]
         histogram = result["theta"]["l0_histogram"]
         low, _, high = l0_quantiles(histogram)
-        share = {count: tokens / sum(histogram) for count, tokens in enumerate(histogram) if tokens}
-        axes.plot(list(share), list(share.values()), color=color, linestyle=line, marker=marker if len(share) < 3 else None, label=f"{title}, k = {result['k']:g}")
+        share = [100 * tokens / sum(histogram) for tokens in histogram]
+        if low == high:  # a spike that would flatten the others
+            axes.axvline(low, color=color, linestyle=line, label=f"{title}, k = {result['k']:g}: all tokens")
+        else:
+            axes.plot(share, color=color, linestyle=line, label=f"{title}, k = {result['k']:g}")
         said.append(f"{title} {low}" if low == high else f"{title} {low} to {high}")
-    axes.set(yscale="log", xlabel="active latents on a token", ylabel="share of held-out tokens")
+    axes.set(ylim=(0, None), xlabel="active latents on a token", ylabel="% of held-out tokens")
     axes.set_title("Active latents on nine tokens of ten:\n" + ", ".join(said), loc="left", fontsize=9)
 
 
