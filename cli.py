@@ -437,12 +437,13 @@ def show_comparison(names: list[str], varied: list[str], groups: Groups) -> None
         for side, metric, digits, spread in (("theta", "fvu", 4, True), ("batch", "fvu", 4, False), ("theta", "l0", 2, False),
                                              ("theta", "ce_degradation", 3, True), ("batch", "ce_degradation", 3, False)):
             middle, deviation = mean_and_spread([result[side][metric] for result in group])
-            cells.append(f"{middle:.{digits}f}" + (f" ±{deviation:.{digits}f}" if spread else ""))
+            cells.append(f"{middle:.{digits}f}" + (f" ±{deviation:.{digits}f}" if spread and len(group) > 1 else ""))
         cells += [f"{mean_and_spread([result['dead'] for result in group])[0]:.1%}", f"{mean_and_spread([result['step_seconds'] for result in group])[0]:.0f}"]
         table.add_row(*cells)
-    out.print(table)
+    Console(width=max(out.width, 120)).print(table)  # rather wide than cut
     group = next(iter(groups.values()))
-    out.print(f"Mean ± standard deviation over {len(group)} seeds, on {group[0]['eval_tokens']:,} held-out tokens after {group[0]['tokens']:,} of "
+    seeds = f"Mean ± standard deviation over {len(group)} seeds" if len(group) > 1 else "One seed"
+    out.print(f"{seeds}, on {group[0]['eval_tokens']:,} held-out tokens after {group[0]['tokens']:,} of "
               f"training; L0 with θ; ce: ce_degradation, nats per token; dead: at the end of training; s: seconds in the SAE's own steps.", highlight=False, soft_wrap=True)
 
 
