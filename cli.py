@@ -392,7 +392,7 @@ def compare(
         lm = bt.LanguageModel.from_config(next(iter(configs.values())))
         configs = {name: dataclasses.replace(cfg, d_model=lm.d_model) for name, cfg in configs.items()}
         try:
-            results = bt.train_together(configs, lm, out_folder, on_step=lambda cfg, tokens, stats: bar.update(cfg, tokens, stats))
+            results = bt.train_together(configs, lm, out_folder, on_step=bar.update)
         except KeyboardInterrupt:
             bar.stop()
             say(f"stopped and saved in {out_folder}; the same command continues")
