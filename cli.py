@@ -1,267 +1,388 @@
 """Command line of batchtopk: it talks to people, batchtopk.py does the work.
 
-    python cli.py train                      # a BatchTopK SAE on the embedded GPT-2, in about a minute
-    python cli.py eval runs/tiny             # its metrics on held-out text
-    python cli.py export runs/tiny           # a TorchScript encoder that depends on no batch
-    python cli.py latents runs/tiny          # what single latents respond to and write
-    python cli.py compare                    # BatchTopK, TopK and JumpReLU on the same activations, three seeds
-    python cli.py bench                      # how fast a training step is on this machine, and why
+    python cli.py train             # a BatchTopK SAE on the embedded GPT-2, in about a minute
+    python cli.py eval runs/tiny    # its metrics on held-out text
+    python cli.py export runs/tiny  # a TorchScript encoder that depends on no batch
+    python cli.py latents runs/tiny # what single latents respond to and write
+    python cli.py compare           # BatchTopK, TopK and JumpReLU on the same activations, three seeds
 
-Results go to stdout, progress to stderr; --json prints one JSON object on stdout and nothing else there. A mistake ends
-in one line and exit code 2 (usage) or 1 (anything else).
+Results go to stdout, progress to stderr. A mistake ends in one line and exit code 2 (usage) or 1 (all else).
 """
 
-from __future__ import annotations
-
-import dataclasses
+import contextlib
 import functools
-import inspect
-import itertools
 import json
-import logging
 import os
-import platform
 import re
 import signal
-import statistics
 import sys
-import tempfile
-import time
-from html import escape
+from dataclasses import Field, fields, replace
+from inspect import Parameter, Signature, signature
+from itertools import accumulate, product
+from itertools import count as numbers_from
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Optional
+from statistics import mean, stdev
+from typing import Annotated, Any, Callable, Iterable, get_type_hints
 
 import torch
-import torch.nn.functional as functional
 import typer
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from torch.optim.adam import adam
-from torch.profiler import ProfilerActivity, profile
+from typer import Argument, Option
 
 import batchtopk as bt
 
-app = typer.Typer(help="BatchTopK sparse autoencoders: train, evaluate, export, compare, measure.", no_args_is_help=True,
-                  pretty_exceptions_show_locals=False, add_completion=False)
 out, err = Console(), Console(stderr=True)
+Record = dict[str, Any]
+Groups = dict[tuple, list[Record]]  # by setting, the results of its seeds
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of a table.")]
-Device = Annotated[str, typer.Option(help=bt.Config.__dataclass_fields__["device"].metadata["doc"] + ".")]
-Preset = Annotated[str, typer.Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")]
-Run = Annotated[Path, typer.Argument(help="Folder of a run that `train` wrote, e.g. runs/tiny.", show_default=False)]
+# ---- Options, messages, errors ----
+
+FIELDS, TYPES = {field.name: field for field in fields(bt.Config)}, get_type_hints(bt.Config)
+MAIN = ("n_latents", "k", "activation", "tokens", "batch_size", "lr", "seed", "device",
+        "model", "layer", "site", "dataset")  # shown first
+Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
+Device = Annotated[str, Option(help=FIELDS["device"].metadata["doc"] + ".")]
+Preset = Annotated[str, Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")]
+Run = Annotated[Path, Argument(help="Folder that `train` wrote, e.g. runs/tiny.", show_default=False)]
 
 
-def one_line_errors(command: Callable) -> Callable:
-    """Show a person's mistake as one line on stderr, without a traceback."""
+def config_options(command: Callable, lists: Iterable[str] = (), without: Iterable[str] = ()) -> Callable:
+    """Replace a command's **options by one option per field of Config; those in `lists` arrive as text."""
+    parameters = list(signature(command).parameters.values())[:-1]
+    for name in dict.fromkeys((*MAIN, *FIELDS)):
+        kind, flag, extra = TYPES[name], "--" + name.replace("_", "-"), {}
+        if name in lists:
+            kind, extra = str, {"metavar": f"<{kind.__name__}>,…"}
+        elif kind is bool:  # what is on by default can only be turned off
+            flag, extra = f"--no-{flag[2:]}", {"callback": lambda given: False if given else None}
+        option = Option(flag, help=option_help(FIELDS[name]), show_default=False,
+                        rich_help_panel=None if name in MAIN else "Advanced", **extra)
+        if name not in ("d_model", *without):  # d_model is read off the language model
+            annotation = Annotated[kind | None, option]
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        quieten_libraries()
-        try:
-            command(*args, **kwargs)
-        except (bt.InputError, bt.Unavailable, OSError) as error:
-            why = reason(error.__cause__) if isinstance(error, bt.Unavailable) else ""
-            text = f"error: {error}" + (f" ({why})" if why else "")
-            say(" ".join(text.split()), style="red")
-            raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
 
-    return wrapped
+def option_help(field: Field) -> str:
+    """The help text of a field of Config, with its choices and its default."""
+    doc, choices = field.metadata["doc"], field.metadata.get("choices", ())
+    if TYPES[field.name] is bool:
+        return f"do not {doc}."
+    if not all(choice in doc for choice in choices):
+        doc += f" ({', '.join(choices)})"
+    default = "the preset's" if field.name == "n_latents" else field.default
+    return escape(f"{doc}." + (f" [default: {default}]" if default != "" else ""))
+
+
+def tell(text: str, console: Console = out, wrap: bool = True) -> None:
+    """Print a text as it is, wrapped at words in a terminal."""
+    console.print(text, markup=False, highlight=False, soft_wrap=not (wrap and console.is_terminal))
+
+
+say = functools.partial(tell, console=err, wrap=False)  # one line, so that a command in it can be copied
+
+HUB_ADVICE = {  # by what the names of the hub's exceptions contain
+    "Gated": "it is gated: accept its licence on its hub page, then log in with `hf auth login`",
+    "Offline|LocalEntryNotFound|Connect|Timeout|MaxRetry":
+        "it is not here and the hub cannot be reached: check the network",
+    "RepositoryNotFound|DatasetNotFound": "the hub has no such name, or it is private",
+}
+
+
+def reason(error: BaseException | None) -> str:
+    """Why a model or data set could not be read and what to do next; empty without a cause."""
+    first, kinds = error, ""
+    while error is not None:
+        kinds += " ".join(base.__name__ for base in type(error).__mro__)
+        error = error.__cause__ or error.__context__
+    for pattern, advice in HUB_ADVICE.items():
+        if re.search(pattern, kinds):
+            return advice
+    return f"{type(first).__name__}: {str(first).strip()}".splitlines()[0] if first else ""
 
 
 def quieten_libraries() -> None:
     """No banners, bars or advice from the libraries on the way to a result."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler
+    for library in ("HF_HUB", "TRANSFORMERS", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "critical")
+    for name in ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
     if "transformers" in sys.modules:  # it reads the environment when it is imported
         sys.modules["transformers"].utils.logging.disable_progress_bar()
-    for name in ("transformers", "datasets", "huggingface_hub", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def say(text: str, style: str | None = None) -> None:
-    """One line on stderr, as it is."""
-    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+class Commands(typer.core.TyperGroup):
+    """Shows a person's mistake in any command as one line on stderr, without a traceback."""
+
+    def invoke(self, context: typer.Context) -> None:
+        quieten_libraries()
+        try:
+            super().invoke(context)
+        except (bt.InputError, bt.Unavailable, OSError) as error:
+            why = reason(error.__cause__) if isinstance(error, bt.Unavailable) else ""
+            parts = [f"error: {error}" + (f" ({why})" if why else ""), *getattr(error, "__notes__", ())]
+            say(" ".join("; ".join(parts).split()))
+            raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
 
 
-def config_options(command: Callable, lists: Iterable[str] = (), but: Iterable[str] = ()) -> Callable:
-    """Give `command` an option for every other field of Config in place of its **options; those not typed stay None.
-    Those in `lists` take several values, by commas, and arrive as text."""
-    own = inspect.signature(command, eval_str=True)
-    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    types = {"int": int, "float": float, "str": str, "bool": bool}
-    derived = {"d_model": "read off the model", "n_latents": "the preset's"}
-    panels = {"d_model": "Dictionary", "normalize": "Dictionary", "tokens": "Training", "model": "Activations", "theta_rate": "θ and evaluation"}
-    panel = ""
-    for field in dataclasses.fields(bt.Config):
-        if field.name in but:
-            continue
-        rules, flag, panel = field.metadata, "--" + field.name.replace("_", "-"), panels.get(field.name, panel)
-        several, choices = field.name in lists, "|".join(rules.get("choices", ()))
-        option = typer.Option(
-            f"{flag}/--no-{flag[2:]}" if field.type == "bool" else flag, help=rules["doc"] + ".", rich_help_panel=panel,
-            show_default=derived.get(field.name) or (choices.replace("|", ",") if several and field.name == "activation" else str(field.default)) or "none",
-            metavar=f"[{choices}],…" if several and choices else f"{field.type.upper()},…" if several else f"[{choices}]" if choices else None,
-            **({} if several else dict(min=rules.get("min"), max=rules.get("max"))))
-        annotation = Annotated[Optional[str if several else types[field.type]], option]
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                                            annotation=annotation))
+app = typer.Typer(cls=Commands, help="BatchTopK sparse autoencoders: train, evaluate, export, compare.",
+                  no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 
-    @functools.wraps(command)
-    def wrapped(**kwargs: Any) -> None:
-        command(**kwargs)
-
-    wrapped.__signature__ = inspect.Signature(parameters)
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    del wrapped.__wrapped__  # typer would follow it to the signature without the options
-    return wrapped
-
+# ---- train, eval, export ----
 
 @app.command(epilog="Example: python cli.py train --k 16 --n-latents 8192 --name wide")
 @config_options
-@one_line_errors
 def train(
-    *,
     preset: Preset = "tiny",
-    recipe: Annotated[str, typer.Option(help="How it is trained, unless an option says otherwise: " + ", ".join(bt.RECIPES) + ".")] = "ours",
-    name: Annotated[Optional[str], typer.Option(help="Name of the run's folder.",
-                                                show_default="the preset's, numbered")] = None,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder of all runs.")] = Path("runs"),
-    expansion: Annotated[Optional[float], typer.Option(help="Have so many latents times the width of the model.",
-                                                       show_default="none")] = None,
-    resume: Annotated[Optional[Path], typer.Option(help="Continue this interrupted run, as it was configured.",
-                                                   show_default="none")] = None,
+    recipe: Annotated[str, Option(help="How to train: " + ", ".join(bt.RECIPES) + ".")] = "ours",
+    name: Annotated[str | None, Option(help="Name of the run's folder; by default the preset's.")] = None,
+    out_folder: Annotated[Path, Option("--out", help="Folder of all runs.")] = Path("runs"),
+    resume: Annotated[Path | None, Option(help="Interrupted run to continue.")] = None,
     as_json: Json = False,
+    expansion: Annotated[float | None, Option(help="Latents, as a multiple of D.")] = None,
     **options: Any,
 ) -> None:
     """Train an SAE on a language model's activations, calibrate θ, evaluate on held-out text."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {field: value for field, value in options.items() if value is not None}
     if resume is not None:
-        if given or name or expansion:
-            raise bt.InputError("--resume continues a run as it was configured; leave out the other options")
-        bt.check_run_folder(resume, resume=True)
-        folder, cfg = resume, bt.Config.from_json((resume / "config.json").read_text(encoding="utf-8"))
+        if given or name is not None or expansion is not None:
+            raise bt.InputError("--resume continues a run as it was configured; leave out other options")
+        bt.check_run_folder(folder := resume, resume=True)
+        cfg = bt.Config.from_json((folder / "config.json").read_text())
     else:
+        if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+            raise bt.InputError(f"name is {name!r}; give the name of one folder (--out says where it is)")
         if expansion is not None and "n_latents" in given:
-            raise bt.InputError("--expansion and --n-latents both set the number of latents; give one of them")
-        cfg = bt.Config.preset(preset, recipe, **{"d_model": 1, **given})  # checked before the model is loaded
-        folder = out_folder / name if name else free_folder(out_folder, preset)
+            raise bt.InputError("--expansion and --n-latents set the same; give one of them")
+        cfg = bt.Config.preset(preset, recipe, **{"d_model": 1, **given})
+        folder = free_folder(out_folder, preset) if name is None else out_folder / name
         bt.check_run_folder(folder)
-    bt.resolve_device(cfg.device)
-    with TrainingBar() as bar:
-        lm = bt.LanguageModel.from_config(cfg)
-        if ("d_model" in given or resume) and cfg.d_model != lm.d_model:
-            raise bt.InputError(f"d_model is {cfg.d_model}, but {cfg.model!r} is {lm.d_model} wide there; leave it out")
-        n_latents = round(expansion * lm.d_model) if expansion else cfg.n_latents
-        cfg = dataclasses.replace(cfg, d_model=lm.d_model, n_latents=n_latents)
-        try:
-            result = bt.train_run(cfg, lm, folder, resume=resume is not None, on_step=lambda trainer, stats: bar.update(cfg, trainer.tokens_seen, [stats]))
-        except KeyboardInterrupt:
-            bar.stop()
-            say(f"stopped and saved; continue with: python cli.py train --resume {folder}")
-            raise typer.Exit(130) from None
-    show(result, cfg, as_json)
+    [result] = train_with_bar({"": cfg}, folder, f"python cli.py train --resume {folder}", expansion)
+    show_metrics(result, as_json)
     if not as_json:
-        out.print(f"\nSaved in [bold]{folder}[/]. Next: python cli.py export {folder}", highlight=False)
+        tell(f"\nSaved in {folder}. Next: python cli.py export {folder}")
+
+
+def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
+                   expansion: float | None = None) -> list[Record]:
+    """Load the language model and train SAEs on it; the command `again` continues that.
+
+    Ctrl-C asks for a stop between two steps, so that the saved state is whole. A second one stops at once.
+    """
+    cfg, state, interrupted = next(iter(configs.values())), folder / "state.safetensors", False
+    device = bt.resolve_device(cfg.device)
+    progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
+                        console=err, transient=True, disable=not err.is_terminal)
+    progress.add_task("loading the model and text", total=None)
+    [task] = progress.tasks
+
+    def interrupt(*signal_and_frame: Any) -> None:
+        nonlocal interrupted
+        if interrupted or task.total is None or task.finished:
+            raise SystemExit(130)
+        interrupted = True
+
+    def on_step(tokens: int, stats: list[bt.StepStats]) -> None:
+        begins = task.total is None
+        fvu, l0, dead = (mean(getattr(s, name) for s in stats) for name in ("fvu", "l0", "dead"))
+        shown = f"{task.speed or 0:,.0f} tokens/s  fvu {fvu:.3f}  L0 {l0:.1f}  dead {dead:,.0f}"
+        progress.update(task.id, total=cfg.tokens, completed=tokens, description=shown)
+        if begins:
+            what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g}"
+            site = cfg.module or f"{cfg.site} of block {cfg.layer}"
+            tell(f"{what}, on {site} of {cfg.model}; {cfg.tokens:,} tokens on {device}", err)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with progress:
+            lm = bt.LanguageModel.from_config(cfg)
+            sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
+            configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
+            cfg = next(iter(configs.values()))
+            begun = any(folder.glob("**/config.json"))
+            return bt.train_runs(configs, lm, folder, resume=begun, on_step=on_step)
+    except KeyboardInterrupt:
+        say(f"stopped and saved; continue with: {again}")
+        raise typer.Exit(130) from None
+    except (bt.InputError, bt.Unavailable) as error:
+        if state.is_file():
+            error.add_note(f"the run is saved; continue with: {again}")
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """parent/name, or the first of parent/name-2, name-3 … that does not exist."""
+    folders = (parent / (f"{name}-{i}" if i > 1 else name) for i in numbers_from(1))
+    return next(folder for folder in folders if not folder.exists())
 
 
 @app.command("eval", epilog="Example: python cli.py eval runs/tiny --json")
-@one_line_errors
 def evaluate(run: Run, device: Device = bt.Config.device, as_json: Json = False) -> None:
     """Evaluate a run on held-out text: batch selection and θ side by side."""
+    with err.status("evaluating"):
+        sae, lm = load(run, device)
+        result = bt.evaluate_run(sae, lm, run)
+    show_metrics(result, as_json)
+
+
+def load(run: Path, device: str) -> tuple[bt.SAE, bt.LanguageModel]:
+    """The SAE of a run and the language model it reads, on a device."""
     device = str(bt.resolve_device(device))
     sae = bt.SAE.load(run, device=device)
-    sae.threshold()  # an unset θ is an error before the model is loaded
-    with err.status(f"evaluating {run} on held-out text"):
-        lm = bt.LanguageModel.from_config(dataclasses.replace(sae.config, device=device))
-        result = bt.evaluate_run(sae, lm, run)
-    show(result, sae.config, as_json)
+    sae.threshold()  # an unset one fails before the model is loaded
+    return sae, bt.LanguageModel.from_config(replace(sae.config, device=device))
+
+
+MEANINGS = {
+    "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
+    "mse": "mean squared distance to the reconstruction", "l0": "mean active latents per token",
+    "frac_alive": "share of latents that fired", "ce_clean": "cross-entropy of the model, nats per token",
+    "ce_sae": "… reconstruction spliced in", "ce_zero": "… zeros instead",
+    "ce_mean": "… the mean activation instead", "ce_degradation": "ce_sae - ce_clean",
+    "ce_recovered": "1 is the untouched model, 0 is zeros", "kl": "from the untouched model",
+}
+
+
+def show_metrics(result: Record, as_json: bool) -> None:
+    """An evaluation as a table, or as JSON."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    tell("{run}: {tokens:,} tokens of training, {eval_tokens:,} held out".format(**result))
+    table = Table("metric", "batch", f"θ = {result['theta_value']:.4g}", "meaning")
+    for name, meaning in MEANINGS.items():
+        table.add_row(name, *(f"{result[selection][name]:9.4f}" for selection in ("batch", "theta")), meaning)
+    out.print(table)
+    histogram = result["theta"]["l0_histogram"]
+    low, middle, high = l0_quantiles(histogram)
+    tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over "
+         f"{high}; k = {result['k']:g} is the mean aimed at.")
+
+
+def l0_quantiles(histogram: list[int]) -> list[int]:
+    """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] tokens have count c."""
+    below = list(accumulate(histogram))
+    return [next(c for c, n in enumerate(below) if n >= share * below[-1]) for share in (0.05, 0.5, 0.95)]
 
 
 @app.command(epilog="Example: python cli.py export runs/tiny --out encoder.pt")
-@one_line_errors
 def export(
     run: Run,
-    out_file: Annotated[Optional[Path], typer.Option("--out", help="File to write.", show_default="RUN/encoder.pt")] = None,
+    out_file: Annotated[Path | None, Option("--out", help="By default RUN/encoder.pt.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write the encoder as TorchScript in JumpReLU form: each token on its own, torch alone to run it."""
     path = out_file or run / "encoder.pt"
     difference = bt.export(bt.SAE.load(run), path)
+    size = path.stat().st_size
     if as_json:
-        print(json.dumps({"run": str(run), "file": str(path), "bytes": path.stat().st_size,
-                          "largest_difference": difference}))
+        report = {"run": str(run), "file": str(path), "bytes": size, "largest_difference": difference}
+        print(json.dumps(report))
     else:
-        out.print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB). Loaded again and compared with the SAE on 256 "
-                  f"rows: largest difference {difference:g}.", highlight=False, soft_wrap=True)
+        tell(f"Wrote {path} ({size / 1e6:.1f} MB). Loaded again, it is within {difference:g} of the SAE.")
 
+
+# ---- latents ----
 
 @app.command(epilog="Example: python cli.py latents runs/tiny 17 412 --html latents.html")
-@one_line_errors
 def latents(
     run: Run,
-    numbers: Annotated[Optional[list[int]], typer.Argument(
-        metavar="[LATENT …]", help="Numbers of latents. Without any, --count of those that fired on --top tokens or more, at equal steps "
-        "of rank in density from the densest to the rarest: dull ones are among them.", show_default=False)] = None,
-    top: Annotated[int, typer.Option(help="Contexts in which a latent is most active.", min=1)] = 10,
-    count: Annotated[int, typer.Option(help="How many latents to choose where none is named.", min=1)] = 12,
-    html: Annotated[Optional[Path], typer.Option(help="Write one self-contained page, with search and sort.", show_default="none")] = None,
+    numbers: Annotated[list[int] | None, Argument(
+        metavar="[LATENT …]", help="Their numbers; by default a choice from dense to rare.")] = None,
+    top: Annotated[int, Option(help="How many contexts to show of each.", min=1)] = 10,
+    count: Annotated[int, Option(help="How many latents to choose.", min=1)] = 12,
+    html: Annotated[Path | None, Option(help="Write a self-contained page with search.")] = None,
     device: Device = bt.Config.device,
     as_json: Json = False,
 ) -> None:
     """Show what single latents respond to and what they write, on held-out text."""
-    device = str(bt.resolve_device(device))
-    sae = bt.SAE.load(run, device=device)
-    sae.threshold()
-    if html and not html.parent.is_dir():
-        raise bt.Unavailable(f"folder {str(html.parent)!r} does not exist; create it, or choose another file")
-    with err.status(f"reading held-out text with {run}"):
-        lm = bt.LanguageModel.from_config(dataclasses.replace(sae.config, device=device))
+    with err.status("reading held-out text"):
+        sae, lm = load(run, device)
         contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
-        described = bt.describe_latents(sae, lm, contexts, numbers, count=count, top=top)
+        described = describe_latents(sae, lm, contexts, numbers, count, top)
     n_tokens = int(lm.is_kept(contexts.to(lm.device)).sum())
-    about = (f"{len(described)} of {sae.config.n_latents} latents of {run} on {n_tokens:,} held-out tokens, {sae.config.site} of block "
-             f"{sae.config.layer} of {sae.config.model}")
+    about = f"{len(described)} of {len(sae.b_enc)} latents of {run} on {n_tokens:,} held-out tokens."
     if html:
         html.write_text(latents_page(about, described), encoding="utf-8")
     if as_json:
         print(json.dumps({"run": str(run), "tokens": n_tokens, "latents": described}))
-        return
-    if html:
-        out.print(f"Wrote {html} ({html.stat().st_size / 1e3:.0f} kB): {about}.", highlight=False, soft_wrap=True)
-        return
-    out.print(about, highlight=False, soft_wrap=True)
-    for latent in described:
-        show_latent(latent)
+    elif html:
+        tell(f"Wrote {html} ({html.stat().st_size / 1e3:.0f} kB): {about}")
+    else:
+        tell(about)
+        for latent in described:
+            show_latent(latent)
 
 
-def show_latent(latent: dict[str, Any]) -> None:
-    """One latent: what it fires on, in colour by activation, the strongest token underlined; what it writes."""
-    out.print(f"\n[bold]latent {latent['latent']}[/]  density {latent['density']:.3%}, max {latent['max']:.3g}, mean {latent['mean']:.3g}", highlight=False)
-    for name in ("promotes", "suppresses"):
-        if latent[name]:
-            out.print(Text(f"{name:<11}" + "  ".join(f"{short(token)} {effect:+.2f}" for token, effect in latent[name])), no_wrap=True, overflow="ellipsis")
-    out.print(Text(f"{'neighbours':<11}" + "  ".join(f"{number} ({cosine:.2f})" for number, cosine in latent["neighbours"])), no_wrap=True)
-    for title, examples in (("most active", latent["top"]), ("less active", latent["lower"])):
-        if examples:
-            out.print(Text(title, style="dim"))
-        for example in examples:
-            line = Text(f"{example['value']:>8.3g}  ")
-            for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"])):
-                strength = activation / latent["max"] if latent["max"] else 0.0
-                style = f"black on rgb({round(255 - 200 * strength)},{round(255 - 110 * strength)},255)" if activation else ""
-                line.append(visible(token), style=style + (" bold underline" if i == example["peak"] else ""))
-            out.print(line, no_wrap=True, overflow="ellipsis")
+@torch.no_grad()
+def describe_latents(sae: bt.SAE, lm: bt.LanguageModel, contexts: torch.Tensor,
+                     latents: Iterable[int] | None = None, count: int = 12, top: int = 10) -> list[Record]:
+    """What single latents respond to and what they write, on contexts [n, T] of token ids; JSON-ready.
+
+    Without `latents`, `count` of those that fired on `top` tokens or more, at equal steps of rank from the
+    densest to the rarest. "top" are contexts in which a latent is most active, "lower" are others, around the
+    quartiles of its activations, "neighbours" pairs of latent and cosine.
+    """
+    n_latents = len(sae.b_enc)
+    if wrong := [j for j in latents or () if not 0 <= j < n_latents]:
+        raise bt.InputError(f"latent {wrong[0]} does not exist; give numbers from 0 to {n_latents - 1}")
+    n_rows, kept = sae.config.model_batch, lm.is_kept(contexts.to(lm.device)).cpu()
+    x = torch.cat([lm.activations(ids)[lm.is_kept(ids)] for ids in contexts.to(lm.device).split(n_rows)])
+    (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device), "theta"))
+    position, fired = kept.flatten().nonzero()[row, 0], latent.bincount(minlength=n_latents)
+    if latents is None:
+        ranked = fired.argsort(descending=True, stable=True)[: int((fired >= top).sum())]
+        steps = torch.linspace(0, max(0, len(ranked) - 1), min(count, len(ranked)))
+        latents = ranked[steps.round().long()].tolist()
+
+    def context(i: int) -> Record:
+        n, t = divmod(i, contexts.shape[1])
+        first = max(0, min(t - 15, contexts.shape[1] - 24))
+        ids, values = (both[n, first : first + 24].tolist() for both in (contexts, activations))
+        return {"tokens": [lm.tokenizer.decode([token]) for token in ids], "peak": t - first,
+                "activations": [round(v, 4) for v in values], "value": float(activations[n, t])}
+
+    described = []
+    for j in latents:
+        activations = torch.zeros(contexts.shape)  # of this latent on every token
+        activations.view(-1)[position[latent == j]] = value[latent == j].float()
+        peaks, places = activations.max(1)
+        most = peaks.argsort(descending=True)[: min(top, int((peaks > 0).sum()))]
+        rest = activations.index_fill(0, most, 0).flatten()
+        ranked = rest.argsort(descending=True)[: int((rest > 0).sum())].tolist()
+        lower = dict.fromkeys(i for quarter in (1, 2, 3) for i in ranked[quarter * len(ranked) // 4 :][:2])
+        cosines = torch.cosine_similarity(sae.W_dec.float(), sae.W_dec[j].float()[None])
+        cosines[j] = -2  # not a neighbour of itself
+        nearest = cosines.topk(min(5, n_latents - 1)).indices
+        described.append({
+            "latent": int(j), "density": int(fired[j]) / len(x), "max": float(peaks.max()),
+            "mean": float(activations.sum()) / max(1, int(fired[j])),
+            "top": [context(i) for i in (most * contexts.shape[1] + places[most]).tolist()],
+            "lower": [context(i) for i in lower], **logit_effects(sae, lm, j),
+            "neighbours": [[i, round(float(cosines[i]), 4)] for i in nearest.tolist()]})
+    return described
 
 
-def short(token: str) -> str:
-    """A token as a word in a list: long runs of blanks are counted."""
-    return re.sub(" {3,}", lambda run: f"␣×{len(run[0])}", visible(token))
+def logit_effects(sae: bt.SAE, lm: bt.LanguageModel, latent: int) -> dict[str, list]:
+    """The largest effects on logits by the direct path through the unembedding, without the final norm."""
+    W_U = lm.model.get_output_embeddings()
+    if sae.config.module or W_U is None or W_U.weight.shape[1] != sae.W_dec.shape[1]:
+        return {"promotes": [], "suppresses": []}
+    logits = (W_U.weight.float() @ sae.W_dec[latent].to(lm.device).float()).cpu()
+    logits -= logits.mean()
+    order = logits.argsort()
+    return {name: [[lm.tokenizer.decode([i]), round(float(logits[i]), 4)] for i in tokens.tolist()]
+            for name, tokens in (("promotes", order.flip(0)[:8]), ("suppresses", order[:8]))}
 
 
 def visible(token: str) -> str:
@@ -269,596 +390,210 @@ def visible(token: str) -> str:
     return "".join("↵" if c == "\n" else "→" if c == "\t" else c if c.isprintable() else "·" for c in token)
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>Latents</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; color: #1a1a1a; background: #fff }
-h1 { font-size: 1.3rem; margin: 0 } h2 { font-size: 1.05rem; margin: 0 }
-.tools { position: sticky; top: 0; background: #fff; padding: .6rem 0; display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; border-bottom: 1px solid #ccc }
-.tools input { flex: 1 1 12rem; min-width: 0 } .tools input, .tools select { font: inherit; padding: .3rem .5rem }
-article { border-bottom: 1px solid #ddd; padding: 1rem 0 } .facts, .words, h3 { color: #555; font-size: .85rem; margin: .2rem 0; font-weight: normal }
-.words code, .context { font-family: ui-monospace, monospace; font-size: .8rem } .words code { background: #eee; border-radius: 3px; padding: 0 .25rem; white-space: break-spaces; overflow-wrap: anywhere }
-.context { display: flex; gap: .6rem; padding: .15rem 0; border-top: 1px dotted #ddd }
-.context b { flex: 0 0 3.5rem; text-align: right; font-weight: normal; color: #555 } .context p { margin: 0; overflow-wrap: anywhere; white-space: break-spaces }
-[hidden] { display: none }
-</style>
-</head>
-<body>
-<h1>Latents</h1>
-<p class="facts">ABOUT. A token is darker the more the latent is active on it; the underlined one gives the number on the left.</p>
-<div class="tools"><input id="search" type="search" placeholder="search tokens or a latent's number" aria-label="search">
-<select id="sort" aria-label="sort by"><option value="rank">as chosen</option><option value="density">densest first</option><option value="-density">rarest first</option>
-<option value="max">strongest first</option><option value="-number">by number</option></select><span id="shown" class="facts"></span></div>
-<main>
-ARTICLES
-</main>
-<script>
-const main = document.querySelector("main"), all = [...main.children], search = document.getElementById("search"), sort = document.getElementById("sort");
-all.forEach((a, i) => a.dataset.rank = -i);
-function update() {
-  const wanted = search.value.toLowerCase(), key = sort.value.replace("-", ""), sign = sort.value.startsWith("-") ? -1 : 1;
-  let n = 0;
-  for (const a of all) { a.hidden = !a.textContent.toLowerCase().includes(wanted); n += !a.hidden; }
-  main.append(...all.sort((a, b) => sign * (b.dataset[key] - a.dataset[key])));
-  document.getElementById("shown").textContent = n + " of " + all.length;
-}
-search.addEventListener("input", update); sort.addEventListener("change", update); update();
-</script>
-</body>
-</html>
-"""
+def short(token: str) -> str:
+    """A visible token in which long runs of blanks are counted."""
+    return re.sub(" {3,}", lambda run: f"␣×{len(run[0])}", visible(token))
 
 
-def latents_page(about: str, described: list[dict[str, Any]]) -> str:
-    """One page that needs nothing else."""
-    articles = "\n".join(latent_article(latent) for latent in described)
-    return PAGE.replace("ABOUT", escape(about)).replace("ARTICLES", articles or "<p>No latent fired often enough.</p>")
+def show_latent(latent: Record) -> None:
+    """One latent in the terminal."""
+    tell("\nlatent {latent}  density {density:.3%}, max {max:.3g}, mean {mean:.3g}".format(**latent))
+    pairs = {name: [f"{short(token)} {effect:+.2f}" for token, effect in latent[name]]
+             for name in ("promotes", "suppresses")}
+    pairs["neighbours"] = [f"{j} ({cosine:.2f})" for j, cosine in latent["neighbours"]]
+    lines = [Text(f"{name:<11}" + "  ".join(parts)) for name, parts in pairs.items() if parts]
+    for title, contexts in (("most active", latent["top"]), ("less active", latent["lower"])):
+        lines += [Text(title, style="dim")] if contexts else []
+        lines += [context_line(context, latent["max"], out.width) for context in contexts]
+    for line in lines:
+        out.print(line, no_wrap=True, overflow="ellipsis")
 
 
-def latent_article(latent: dict[str, Any]) -> str:
-    """One latent as HTML. Tokens are text that anyone may have written, so everything is escaped."""
-    parts = [f'<article data-number="{latent["latent"]}" data-density="{latent["density"]:.9f}" data-max="{latent["max"]:.6f}">',
-             f'<h2>latent {latent["latent"]}</h2>',
-             f'<p class="facts">density {latent["density"]:.3%} · max {latent["max"]:.3g} · mean {latent["mean"]:.3g}</p>']
-    for name in ("promotes", "suppresses"):
-        words = " ".join(f"<code>{escape(short(token))}</code> {effect:+.2f}" for token, effect in latent[name])
-        parts.append(f'<p class="words">{name} {words}</p>' if words else "")
-    parts.append('<p class="words">neighbours ' + ", ".join(f"{number} ({cosine:.2f})" for number, cosine in latent["neighbours"]) + "</p>")
-    for title, examples in (("most active", latent["top"]), ("less active: around the 75th, 50th and 25th percentile", latent["lower"])):
-        parts.append(f"<h3>{title}</h3>" if examples else "")
-        for example in examples:
-            spans = []
-            for i, (token, activation) in enumerate(zip(example["tokens"], example["activations"])):
-                strength = activation / latent["max"] if latent["max"] else 0.0
-                style = f"background:rgb({round(255 - 160 * strength)},{round(255 - 90 * strength)},255);color:#1a1a1a;" if activation else ""
-                style += "font-weight:bold;text-decoration:underline" if i == example["peak"] else ""
-                text = escape(visible(token))
-                spans.append(f'<span style="{style}" title="{activation:.3g}">{text}</span>' if style else text)
-            parts.append(f'<div class="context"><b>{example["value"]:.3g}</b><p>{"".join(spans)}</p></div>')
-    return "\n".join(part for part in parts if part) + "\n</article>"
+def context_line(context: Record, strongest: float, width: int) -> Text:
+    """A context, begun late enough that the token which is meant, between « », is within `width`."""
+    words, peak, first = [short(token) for token in context["tokens"]], context["peak"], 0
+    words[peak] = f"«{words[peak]}»"
+    while first < peak and Text("".join(words[first : peak + 1])).cell_len > 0.75 * width - 10:
+        first += 1
+    line, styles = Text(f"{context['value']:>8.3g}  "), ("cyan", "bold cyan", "bold reverse cyan")
+    for word, activation in list(zip(words, context["activations"]))[first:]:
+        line.append(word, style=styles[min(2, int(3 * activation / strongest))] if activation > 0 else "")
+    return line
 
 
-STUDIES = {  # what `compare --study` varies, unless an option says otherwise; values by commas
-    "methods": {},
-    "k": {"k": "16,32,64"},
-    "latents": {"n_latents": "1024,2048,4096,8192"},
+def latents_page(about: str, described: list[Record]) -> str:
+    """One page that needs nothing else: a script in it shows the JSON beside it, which no text can end."""
+    data = json.dumps({"about": about, "latents": described}).replace("<", r"\u003c")
+    page = (Path(__file__).parent / "tests/assets/latents.html").read_text(encoding="utf-8")
+    return page.replace("DATA", data)
+
+
+# ---- compare ----
+
+STUDIES = {  # what `compare --study` varies, unless an option says otherwise; values separated by commas
+    "methods": {}, "k": {"k": "16,32,64"}, "latents": {"n_latents": "1024,2048,4096,8192"},
     "batch": {"activation": "batchtopk", "batch_size": "64,256,1024,4096,8192"},
     "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
     "recipe": {"activation": "batchtopk", "recipe": "ours,paper"},
-    "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=512,batch_size=2048,beta1=0.9,beta1=0,beta2=0.99,"
-                 "warmup=0.1,decay=0,decay=0.6,b_dec_init=zero,encoder_init=0.5,normalize=token,aux_coef=0,dead_tokens=100000"},
+    "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=512,batch_size=2048"
+                 ",beta1=0.9,beta1=0,beta2=0.99,warmup=0.1,decay=0,decay=0.6,init=authors,normalize=token"
+                 ",aux_coef=0,dead_tokens=100000"},
 }
 
 
 @app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
-@functools.partial(config_options, lists=bt.OWN, but=("seed", "d_model"))
-@one_line_errors
+@functools.partial(config_options, lists=bt.OWN, without=("seed",))
 def compare(
-    *,
     preset: Preset = "tiny",
-    study: Annotated[str, typer.Option(help="What is varied, unless an option says otherwise: " + ", ".join(STUDIES) + ".")] = "methods",
-    recipe: Annotated[str, typer.Option(help="Recipes, by commas: " + ", ".join(bt.RECIPES) + ".", show_default="ours")] = "",
-    change: Annotated[str, typer.Option(help="Single changes FIELD=VALUE, by commas, each tried alone; none is one too.", show_default="none")] = "",
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, 2 … of each.", min=1)] = 3,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder of the comparison; an interrupted one there continues.")] = Path("runs/compare"),
+    study: Annotated[str, Option(help="What to vary: " + ", ".join(STUDIES) + ".")] = "methods",
+    recipe: Annotated[str, Option(help=f"By commas: {', '.join(bt.RECIPES)}.")] = "",
+    change: Annotated[str, Option(help="FIELD=VALUE by commas, each tried alone.")] = "",
+    seeds: Annotated[int, Option(help="How many seeds of each, from 0.", min=1)] = 3,
+    out_folder: Annotated[Path, Option("--out", help="Where it is saved.")] = Path("runs/compare"),
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Train several SAEs on the same activations, from one pass over the model, and compare them on held-out text."""
+    """Train several SAEs on the same activations and compare them on held-out text.
+
+    Options marked ,… take several values, by commas. The same command continues what was interrupted.
+    """
     if study not in STUDIES:
         raise bt.InputError(f"study {study!r} is unknown; choose one of: {', '.join(STUDIES)}")
     given = {name: value for name, value in options.items() if value is not None}
-    lists = {"activation": "batchtopk,topk,jumprelu", **STUDIES[study], **{name: given.pop(name) for name in bt.OWN if name in given}}
+    lists = {"activation": "batchtopk,topk,jumprelu", **STUDIES[study]}
+    lists |= {name: given.pop(name) for name in bt.OWN if name in given}
     lists |= {name: text for name, text in (("recipe", recipe), ("change", change)) if text}
-    values = {name: [part.strip() for part in text.split(",")] for name, text in lists.items()}
-    settings = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
-    configs, varied = {}, [name for name in values if len(values[name]) > 1]
-    for setting, seed in itertools.product(settings, range(seeds)):  # all are checked before the model is loaded
-        overrides = {name: value for name, value in setting.items() if name not in ("recipe", "change")}
-        if (pair := setting.get("change", "none")) != "none":
-            overrides.update([pair.split("=", 1)] if "=" in pair else [(pair, "")])
-        parsed = {name: parse_value(name, text) for name, text in overrides.items()}
-        name = "-".join(setting[part] if part == "activation" else f"{part}={setting[part]}" for part in ("activation", *(v for v in varied if v != "activation")))
-        configs[f"{name}-seed={seed}"] = bt.Config.preset(preset, setting.get("recipe", "ours"), **{"d_model": 1, **given, **parsed, "seed": seed})
-    bt.check_together(configs)
-    bt.resolve_device(next(iter(configs.values())).device)
-    with TrainingBar() as bar:
-        lm = bt.LanguageModel.from_config(next(iter(configs.values())))
-        configs = {name: dataclasses.replace(cfg, d_model=lm.d_model) for name, cfg in configs.items()}
-        try:
-            results = bt.train_together(configs, lm, out_folder, on_step=bar.update)
-        except KeyboardInterrupt:
-            bar.stop()
-            say(f"stopped and saved in {out_folder}; the same command continues")
-            raise typer.Exit(130) from None
-    groups = {tuple(setting[name] for name in values): results[i * seeds : (i + 1) * seeds] for i, setting in enumerate(settings)}
-    varied = varied or ["activation"]
-    figure = draw_comparison(list(values), varied, groups, out_folder / "comparison.png")
+    values = {name: list(dict.fromkeys(map(str.strip, text.split(",")))) for name, text in lists.items()}
+    names = ["activation", *(name for name in values if name != "activation" and len(values[name]) > 1)]
+    settings, configs = [dict(zip(values, setting)) for setting in product(*values.values())], {}
+    for setting, seed in product(settings, range(seeds)):
+        varied = [f"{name}={setting[name]}" for name in names[1:]]
+        cfg = setting_config(preset, setting, {**given, "seed": seed})
+        configs["-".join([setting["activation"], *varied, f"seed={seed}"])] = cfg
+    results = comparison_results(configs, out_folder)
+    groups = {tuple(map(setting.get, names)): results[i * seeds : (i + 1) * seeds]
+              for i, setting in enumerate(settings)}
+    figure = out_folder / "comparison.png"
+    draw_comparison(names, groups, figure)
     if as_json:
         print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))
-        return
-    show_comparison(list(values), varied, groups)
-    out.print(f"Every number: {out_folder / 'results.jsonl'}. Figure: {figure}.", highlight=False, soft_wrap=True)
+    else:
+        show_comparison(names, groups)
+        tell(f"Every number: {out_folder / 'results.jsonl'}. Figure: {figure}.")
 
 
-def parse_value(name: str, text: str) -> Any:
-    """The value of a field of Config in which SAEs that are trained together may differ."""
-    if name not in bt.OWN:
-        raise bt.InputError(f"{name!r} cannot be varied; choose one of: {', '.join(bt.OWN)}")
-    kind = bt.Config.__dataclass_fields__[name].type
-    try:
-        return text if kind == "str" else float(text)
-    except ValueError:
-        raise bt.InputError(f"{name} is {text!r}; give numbers separated by commas") from None
+def setting_config(preset: str, setting: dict[str, str], given: Record) -> bt.Config:
+    """The configuration of one setting: {name: text} of fields, and perhaps of a recipe and a change."""
+    texts, values = dict(setting), {"d_model": 1, **given}
+    recipe, change = texts.pop("recipe", "ours"), texts.pop("change", "none")
+    if change != "none":
+        name, _, texts[name] = change.partition("=")
+        if name not in bt.OWN:
+            raise bt.InputError(f"{name!r} cannot be varied; choose one of: {', '.join(bt.OWN)}")
+    for name, text in texts.items():
+        values[name] = text
+        with contextlib.suppress(ValueError):
+            values[name] = float(text)
+    return bt.Config.preset(preset, recipe, **values)
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, 0 for one."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def comparison_results(configs: dict[str, bt.Config], folder: Path) -> list[Record]:
+    """Train and evaluate all configurations, or continue that, or read what was found."""
+    bt.check_shared(configs)
+    begun = {path.parent.name: bt.Config.from_json(path.read_text()) for path in folder.glob("*/config.json")}
+    if begun and {name: replace(cfg, d_model=1) for name, cfg in begun.items()} != configs:
+        raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
+    path = folder / "results.jsonl"
+    if path.is_file():
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    bt.check_run_folder(folder, resume=bool(begun))
+    results = train_with_bar(configs, folder, "the same command")
+    results = [{"name": name, **result, "config": json.loads((folder / name / "config.json").read_text())}
+               for name, result in zip(configs, results)]
+    path.write_text("".join(json.dumps(result) + "\n" for result in results))
+    return results
 
 
-Groups = dict[tuple, list[dict[str, Any]]]  # by setting, the results of its seeds
+def mean_and_spread(group: list[Record], metric: str, selection: str = "theta") -> tuple[float, float]:
+    """Mean of a metric over seeds and its standard deviation, 0 for one seed."""
+    values = [result[selection][metric] for result in group]
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def show_comparison(names: list[str], varied: list[str], groups: Groups) -> None:
+COLUMNS = (("theta", "fvu", "{:.4f} ±{:.4f}"), ("batch", "fvu", "{:.4f}"), ("theta", "l0", "{:.2f}"),
+           ("theta", "ce_degradation", "{:.3f} ±{:.3f}"), ("batch", "ce_degradation", "{:.3f}"))
+
+
+def show_comparison(names: list[str], groups: Groups) -> None:
     """A row for each setting, mean ± standard deviation over its seeds."""
-    table = Table(box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
-    for name in (*varied, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "s"):
-        heads = {"activation": "", "n_latents": "F", "batch_size": "B"}
-        table.add_column(heads.get(name, name), justify="left" if name in varied else "right", no_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in (*names, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "s"):
+        table.add_column(name, justify="left" if name in names else "right", no_wrap=True)
     for key, group in groups.items():
-        cells = [value for name, value in zip(names, key) if name in varied]
-        for side, metric, digits, spread in (("theta", "fvu", 4, True), ("batch", "fvu", 4, False), ("theta", "l0", 2, False),
-                                             ("theta", "ce_degradation", 3, True), ("batch", "ce_degradation", 3, False)):
-            middle, deviation = mean_and_spread([result[side][metric] for result in group])
-            cells.append(f"{middle:.{digits}f}" + (f" ±{deviation:.{digits}f}" if spread and len(group) > 1 else ""))
-        cells += [f"{mean_and_spread([result['dead'] for result in group])[0]:.1%}", f"{mean_and_spread([result['step_seconds'] for result in group])[0]:.0f}"]
-        table.add_row(*cells)
-    Console(width=max(out.width, 120)).print(table)  # rather wide than cut
-    group = next(iter(groups.values()))
-    seeds = f"Mean ± standard deviation over {len(group)} seeds" if len(group) > 1 else "One seed"
-    out.print(f"{seeds}, on {group[0]['eval_tokens']:,} held-out tokens after {group[0]['tokens']:,} of "
-              f"training; L0 with θ; ce: ce_degradation, nats per token; dead: at the end of training; s: seconds in the SAE's own steps.", highlight=False, soft_wrap=True)
+        cells = list(key)
+        for selection, metric, form in COLUMNS:
+            both = mean_and_spread(group, metric, selection)
+            cells.append((form if len(group) > 1 else form.split(" ±")[0]).format(*both))
+        dead, seconds = (mean(result[name] for result in group) for name in ("dead", "step_seconds"))
+        table.add_row(*cells, f"{dead:.1%}", f"{seconds:.0f}")
+    out.print(table, width=max(out.width, 120), crop=False)
+    [first, *more] = next(iter(groups.values()))
+    seeds = f"Mean ± standard deviation over {len(more) + 1} seeds" if more else "One seed"
+    tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out. L0: with θ; ce: loss added, nats per "
+         "token; dead: at the end; s: seconds in the SAE's own steps.".format(seeds, **first))
 
 
-STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"), "jumprelu": ("#737373", "^", ":", "JumpReLU")}
-AXES = {"k": "L0, average active latents per token", "n_latents": "F, number of latents", "batch_size": "B, tokens in a batch",
-        "lr": "peak learning rate"}
+STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"),
+          "jumprelu": ("#737373", "^", ":", "JumpReLU")}
 
 
-def draw_comparison(names: list[str], varied: list[str], groups: Groups, path: Path) -> Path:
-    """The paper's figures, as far as the comparison holds them: error against what was varied, and active latents per token."""
+def draw_comparison(names: list[str], groups: Groups, path: Path) -> None:
+    """Error against each number that was varied, and active latents per token."""
     from matplotlib.figure import Figure
 
-    against = [name for name in varied if name in AXES]
-    panels = [(name, metric) for name in against for metric in ("fvu", "ce_degradation")] + ["active latents"]
-    figure = Figure(figsize=(4.6 * len(panels) if against else 8, 3.9), layout="constrained")
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
-        if panel == "active latents":
-            draw_active_latents(axes, names, groups)
-        else:
-            draw_error(axes, names, groups, *panel)
-        axes.spines[["top", "right"]].set_visible(False)
+    against = [name for name in ("k", "n_latents", "batch_size", "lr") if name in names]
+    panels = [(name, metric) for name in against for metric in ("fvu", "ce_degradation")]
+    figure = Figure(figsize=(5 * len(panels) + 6, 4), layout="constrained")
+    *errors, last = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+    for panel, axes in zip(panels, errors):
+        draw_error(axes, names, groups, *panel)
+    draw_active_latents(last, names, groups)
+    for axes in (*errors, last):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    return path
 
 
 def draw_error(axes: Any, names: list[str], groups: Groups, against: str, metric: str) -> None:
-    """A metric against a field of Config, a line for each method and whatever else was varied, bars over the seeds."""
-    lines: dict[tuple, dict[float, tuple]] = {}
+    """A metric against a field of Config, a line for each combination of the others."""
+    lines: dict[tuple, list[tuple]] = {}
     for key, group in groups.items():
-        rest = tuple(value for name, value in zip(names, key) if name != against)
-        x = value = float(key[names.index(against)])
-        if against == "k":  # where L0 really is
-            x = mean_and_spread([result["theta"]["l0"] for result in group])[0]
-        lines.setdefault(rest, {})[value] = (x, *mean_and_spread([result["theta"][metric] for result in group]))
-    for rest, points in lines.items():
-        color, marker, line, title = STYLES[rest[0]]
-        x, y, spread = zip(*points.values())
-        axes.errorbar(x, y, yerr=spread, color=color, marker=marker, markersize=9 if marker == "^" else 6, markerfacecolor="none" if marker == "^" else color,
-                      linestyle=line, capsize=3, label=" ".join([title, *(rest[1:] if len(lines) > 3 else ())]))
-    ticks = sorted({value for points in lines.values() for value in points})
-    titles = {rest: STYLES[rest[0]][3] for rest in lines}
-    lowest = min((y, value) for points in lines.values() for value, (_, y, _) in points.items())[1]
-    best = {}  # by value, the methods within the spread of the lowest
-    for value in ticks:
-        here = {titles[rest]: points[value][1:] for rest, points in lines.items() if value in points}
-        bound = min(y + spread for y, spread in here.values())
-        best[value] = " and ".join(title for title, (y, spread) in here.items() if y - spread <= bound)
-    what = {"fvu": "Unexplained variance", "ce_degradation": "Loss added to the model"}[metric]
-    if len(lines) == 1:
-        finding = f"lowest at {lowest:g}"
-    elif len(set(best.values())) == 1:
-        finding = f"{best[lowest]} lowest throughout"
-    else:
-        finding = "lowest " + ", ".join(f"{name} at {', '.join(f'{v:g}' for v in ticks if best[v] == name)}" for name in dict.fromkeys(best.values()))
-    axes.set(xscale="log", xlabel=AXES[against], ylabel={"fvu": "fraction of variance unexplained", "ce_degradation": "nats per token"}[metric])
-    axes.set_title(f"{what}:\n{finding}", loc="left", fontsize=9)
+        rest = dict(zip(names, key))
+        point = (float(rest.pop(against)), *mean_and_spread(group, metric))
+        lines.setdefault(tuple(rest.values()), []).append(point)
+    for (method, *others), points in lines.items():
+        color, marker, line, title = STYLES[method]
+        x, y, spread = zip(*sorted(points))
+        axes.errorbar(x, y, yerr=spread, color=color, marker=marker, linestyle=line, markerfacecolor="none",
+                      capsize=3, label=" ".join([title, *others]))
+    ticks = sorted({float(key[names.index(against)]) for key in groups})
+    axes.set(xscale="log", xlabel=FIELDS[against].metadata["doc"].partition(";")[0], ylabel=MEANINGS[metric])
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
 
 def draw_active_latents(axes: Any, names: list[str], groups: Groups) -> None:
-    """How many latents are active on a token, for each method, at the value of k nearest to the default."""
-    methods, said = {}, []
-    for key, group in sorted(groups.items(), key=lambda item: abs(item[1][0]["k"] - bt.Config.k)):
-        methods.setdefault(key[names.index("activation")], group[0])
-    for activation, result in methods.items():
-        color, _, line, title = STYLES[activation]
+    """How many latents are active on a token, for each method at the k nearest to the default."""
+    nearest_last = sorted(groups.items(), key=lambda item: -abs(item[1][0]["k"] - bt.Config.k))
+    for method, result in {key[names.index("activation")]: group[0] for key, group in nearest_last}.items():
+        color, _, line, title = STYLES[method]
         histogram = result["theta"]["l0_histogram"]
         low, _, high = l0_quantiles(histogram)
-        share = [100 * tokens / sum(histogram) for tokens in histogram]
+        style = {"color": color, "linestyle": line, "label": f"{title}: 90 % have {low} to {high}"}
         if low == high:  # a spike that would flatten the others
-            axes.axvline(low, color=color, linestyle=line, label=f"{title}, k = {result['k']:g}: all tokens")
+            axes.axvline(low, **style)
         else:
-            axes.plot(share, color=color, linestyle=line, label=f"{title}, k = {result['k']:g}")
-        said.append(f"{title} {low}" if low == high else f"{title} {low} to {high}")
+            axes.plot([100 * tokens / sum(histogram) for tokens in histogram], **style)
     axes.set(ylim=(0, None), xlabel="active latents on a token", ylabel="% of held-out tokens")
-    axes.set_title("Active latents on nine tokens of ten:\n" + ", ".join(said), loc="left", fontsize=9)
-
-
-@app.command(epilog="Example: python cli.py bench --d-model 768 --n-latents 6144 --batch-size 1024")
-@one_line_errors
-def bench(
-    d_model: Annotated[int, typer.Option(help="D, width of the activations.", min=1)] = 768,
-    n_latents: Annotated[int, typer.Option(help="F, number of latents.", min=1)] = 24576,
-    batch_size: Annotated[int, typer.Option(help="B, tokens in a batch.", min=1)] = 4096,
-    k: Annotated[float, typer.Option(help="Average active latents per token.", min=0)] = bt.Config.k,
-    device: Device = bt.Config.device,
-    repeat: Annotated[int, typer.Option(help="How often each is measured, all in turn.", min=2)] = 5,
-    figure: Annotated[Optional[Path], typer.Option(help="Draw what each idea saves into this PNG.", show_default="none")] = None,
-    as_json: Json = False,
-) -> None:
-    """Time the training step beside the encoder product alone and the plain step, on synthetic sparse activations."""
-    cfg = bt.Config(d_model=d_model, n_latents=n_latents, batch_size=batch_size, k=k, tokens=10**12, dead_tokens=10**12,
-                    device=str(bt.resolve_device(device)), encoder_dtype="float32")
-    with err.status("measuring") as status:
-        result = measure(cfg, repeat, lambda what: status.update(f"measuring: {what}"))
-    if figure:
-        draw_savings(result, figure)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        show_measurements(result)
-
-
-def measure(cfg: bt.Config, repeat: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """What bench prints: seconds as [lower quartile, median, upper quartile], bytes, ratios of medians.
-
-    The floor is the encoder product and, at the bandwidth of a large copy, 48·F·D bytes (both weights and their two
-    moments, read and written) and 16·N·D (a row for each kept entry in decoding, its gradient and both weight gradients).
-    """
-    device, n, generator = torch.device(cfg.device), cfg.n_kept(cfg.batch_size), torch.Generator().manual_seed(0)
-    directions = functional.normalize(torch.randn(4096, cfg.d_model, generator=generator), dim=1)
-    batches = []
-    for _ in range(3):  # each token is a sum of about 40 of 4096 directions
-        size = torch.rand(cfg.batch_size, 4096, generator=generator)
-        batches.append(((torch.rand(size.shape, generator=generator) < 40 / 4096) * size @ directions).to(device))
-    kinds = {"step, float32": {}, "TopK step, float32": dict(activation="topk"), "step, 5 % dead": {}, "plain step, float32": dict(step="plain")}
-    if bt.multiplies_bfloat16(device):
-        kinds["step, bfloat16"] = dict(encoder_dtype="bfloat16")
-    if device.type == "cuda":
-        kinds |= {f"step, {dtype}, triton": dict(kernels="triton", encoder_dtype=dtype) for dtype in ("float32", "bfloat16")}
-    if cfg.k != int(cfg.k):
-        del kinds["TopK step, float32"]
-    trainers = {name: bt.Trainer(dataclasses.replace(cfg, **changes)) for name, changes in kinds.items()}
-    dying = trainers["step, 5 % dead"].sae
-    dying.tokens_since_fired[::20] = cfg.dead_tokens
-    dying.b_enc.data[::20] = -100.0  # so that they do not fire again
-    endless = itertools.cycle(batches)
-    runs: dict[str, Callable[[], Any]] = {name: lambda t=trainer: t.step(next(endless)) for name, trainer in trainers.items()}
-    memory = {}
-    for name, run in runs.items():
-        progress(f"memory, {name}")
-        run()  # so that the first moments and the bar are there
-        memory[name] = peak_memory(run, device)
-    one, z = trainers["step, float32"], torch.empty(cfg.batch_size, cfg.n_latents, device=device)
-    W_enc, copies = one.sae.W_enc.detach(), [torch.ones(1 << 26, device=device) for _ in range(2)]
-    runs["encoder product, float32"] = lambda: torch.mm(batches[0], W_enc.T, out=z)
-    runs["copy"] = lambda: copies[0].copy_(copies[1])
-    if bt.multiplies_bfloat16(device):
-        half, factors = z.bfloat16(), (batches[0].bfloat16(), W_enc.bfloat16().T)
-        runs["encoder product, bfloat16"] = lambda: torch.mm(*factors, out=half)
-    pairs = phases(one, batches[0], z)
-    runs |= {(side, name): run for name, pair in pairs.items() for side, run in zip(("dense", "sparse"), pair)}
-    samples: dict[Any, list[float]] = {name: [] for name in runs}
-    for i in range(repeat):
-        for name, run in runs.items():
-            progress(f"{' '.join(name) if isinstance(name, tuple) else name}, {i + 1} of {repeat}")
-            if name != "plain step, float32" and not (isinstance(name, tuple) and name[0] == "dense"):
-                run()  # once before it counts: dense matrices have swept the caches
-            samples[name].append(seconds(run, device))
-    quartiles = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
-    bandwidth = 2 * copies[0].nbytes / quartiles.pop("copy")[1]
-    bytes_moved = 48 * cfg.n_latents * cfg.d_model + 16 * n * cfg.d_model
-    result: dict[str, Any] = {
-        "device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "repeat": repeat,
-        "d_model": cfg.d_model, "n_latents": cfg.n_latents, "batch_size": cfg.batch_size, "k": cfg.k,
-        "seconds": {name: q for name, q in quartiles.items() if isinstance(name, str)},
-        "phases": {name: {side: quartiles[side, name] for side in ("dense", "sparse")} for name in pairs},
-        "peak_bytes": memory, "matrix_bytes": z.nbytes, "copy_bytes_per_second": bandwidth,
-        "rewalks": sum(trainer.rewalks for trainer in trainers.values())}
-    for dtype in ("float32", "bfloat16"):
-        if f"step, {dtype}" in kinds:
-            product = result["seconds"][f"encoder product, {dtype}"][1]
-            step, plain = (result["seconds"][name][1] for name in (f"step, {dtype}", "plain step, float32"))
-            floor = product + bytes_moved / bandwidth
-            result[dtype] = {"flops": 2 * z.numel() * cfg.d_model / product, "floor_seconds": floor, "step/product": step / product,
-                             "step/floor": step / floor, "plain/step": plain / step}
-    return result
-
-
-@torch.no_grad()
-def phases(trainer: bt.Trainer, x: torch.Tensor, z: torch.Tensor) -> dict[str, tuple[Callable, Callable]]:
-    """The parts of a step on x [B, D] as they are in a dense step and as they are in ours; z [B, F] is scratch."""
-    sae, bar, n = trainer.sae, trainer.last.bar, trainer.cfg.n_kept(len(x))
-    W_enc, b_enc, W_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach()
-    centred, f = x - sae.b_dec, sae.encode(x, "batch")
-    kept = bt.encode_rows(sae, x)
-    _, _, value, _ = bt.walk(sae, centred, bar)
-    g = (bt.decode_rows(W_dec, kept, len(x)) - centred) * (2 / len(x))
-    gradients = bt.backward(sae, x, centred, kept, torch.empty(0, dtype=torch.int64, device=x.device))[2]
-    first, second = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
-
-    def dense_update() -> None:
-        for W, gradient in ((W_enc, f.T @ centred), (W_dec, f.T @ g)):
-            if W is W_dec:
-                gradient.addcmul_(W, (gradient * W).sum(1, keepdim=True), value=-1)
-            adam([W], [gradient], [first], [second], [], [torch.zeros((), device=x.device)], fused=True, amsgrad=False, beta1=0.9,
-                 beta2=0.99, lr=0.0, weight_decay=0.0, eps=1e-8, maximize=False)
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-
-    pairs = {
-        "pre-activations": (lambda: torch.addmm(b_enc, centred, W_enc.T, out=z).relu_(), lambda: bt.walk(sae, centred, bar)),
-        "selection": (lambda: z.view(-1).topk(n), lambda: bt.largest(value, n)),
-        "decoding": (lambda: f @ W_dec, lambda: bt.decode_rows(W_dec, kept, len(x))),
-        "gradient of kept values": (lambda: g @ W_dec.T, lambda: bt.sampled_product(g, W_dec, kept.row, kept.latent)),
-        "gradient of b_dec": (lambda: (f @ W_enc).sum(0), lambda: b_enc @ W_enc),
-        "weight gradients and update": (dense_update, lambda: trainer.update_parameters_(gradients, 0.0)),
-    }
-    return {name: (torch.no_grad()(dense), torch.no_grad()(sparse)) for name, (dense, sparse) in pairs.items()}
-
-
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, on the device too."""
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - started
-
-
-def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that PyTorch has allocated at the peak of a call, beside those before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(str(Path(folder, "trace.json")))
-        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in trace if event.get("name") == "[memory]")
-    return max(itertools.accumulate(amount for _, amount in changes), default=0)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def show_measurements(result: dict[str, Any]) -> None:
-    """What bench measured, as two tables and a line."""
-    product = result["seconds"]["encoder product, float32"][1]
-    out.print(f"D {result['d_model']}, F {result['n_latents']}, B {result['batch_size']}, k {result['k']:g}; {result['device']}, "
-              f"{result['threads']} threads, torch {result['torch']}; {result['repeat']} measurements in turn", highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE)
-    for name in ("", "ms", "quartiles", "× product", "tokens/s", "MiB", "of BF"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, (low, middle, high) in sorted(result["seconds"].items(), key=lambda item: item[1][1]):
-        peak = result["peak_bytes"].get(name)
-        memory = (f"{peak / 2**20:.0f}", f"{peak / result['matrix_bytes']:.0%}") if peak is not None else ("", "")
-        table.add_row(name.replace(", float32", ""), f"{1e3 * middle:.{1 if middle < 1 else 0}f}",
-                      f"{1e3 * low:.0f}-{1e3 * high:.0f}", f"{middle / product:.2f}",
-                      f"{result['batch_size'] / middle:,.0f}", *memory)
-    out.print(table)
-    out.print("float32 unless said. MiB: allocated at the peak beside weights and moments; of BF: of one matrix B × F.\n\nParts of a step as "
-              "they are with dense matrices and as they are here, ms:", highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE)
-    for name in ("", "dense", "here", "ratio"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, sides in result["phases"].items():
-        dense, sparse = (sides[side][1] for side in ("dense", "sparse"))
-        table.add_row(name, f"{1e3 * dense:.1f}", f"{1e3 * sparse:.1f}", f"{dense / sparse:.1f}")
-    out.print(table)
-    for dtype in ("float32", "bfloat16"):
-        if r := result.get(dtype):
-            out.print(f"{dtype}: the step takes {r['step/product']:.2f} × the encoder product ({r['flops'] / 1e9:,.0f} GFLOP/s), {r['step/floor']:.2f} "
-                      f"× the floor of product and memory traffic (copies run at {result['copy_bytes_per_second'] / 1e9:.1f} GB/s); the plain "
-                      f"step takes {r['plain/step']:.1f} × as long.", highlight=False, soft_wrap=True)
-
-
-def draw_savings(result: dict[str, Any], path: Path) -> None:
-    """A waterfall from the plain step to ours: what each idea saves."""
-    from matplotlib.figure import Figure
-
-    ideas = {"selection": "top-k of candidates,\nnot of B·F entries", "decoding": "decode kept\nentries alone",
-             "gradient of kept values": "gradient at kept\nentries alone", "gradient of b_dec": "b_dec: a vector\ntimes a matrix",
-             "weight gradients and update": "sums of rows for\nboth weights,\nupdated in cache"}
-    step, plain = (result["seconds"][name][1] for name in ("step, float32", "plain step, float32"))
-    saved = {label: result["phases"][name]["dense"][1] - result["phases"][name]["sparse"][1] for name, label in ideas.items()}
-    saved["no B × F tensors\nfor autograd"] = plain - step - sum(saved.values())
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes, height = figure.subplots(), plain
-    axes.bar(0, plain, color="#4c4c4c")
-    axes.annotate(f"{plain:.2f} s", (0, plain), ha="center", va="bottom")
-    for i, amount in enumerate(saved.values(), 1):
-        axes.bar(i, amount, bottom=height - amount, color="#7fb2d9")
-        axes.annotate(f"-{amount:.2f}", (i, height), ha="center", va="bottom")
-        height -= amount
-    axes.bar(len(saved) + 1, step, color="#08519c")
-    axes.annotate(f"{step:.2f} s", (len(saved) + 1, step), ha="center", va="bottom")
-    product = result["seconds"]["encoder product, float32"][1]
-    axes.axhline(product, color="black", linestyle="--", linewidth=1)
-    axes.annotate(f"encoder product alone: {product:.2f} s", (0.5, product), va="bottom")
-    axes.set_xticks(range(len(saved) + 2), ["plain step\n(autograd)", *saved, "sparse step"], fontsize=8)
-    axes.set_ylabel("seconds a step, float32")
-    axes.set_title(f"Only the encoder product has to be dense: {plain / step:.0f} × faster at D {result['d_model']}, F {result['n_latents']}, "
-                   f"B {result['batch_size']}, k {result['k']:g}", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def reason(error: BaseException | None) -> str:
-    """Why a model or data set could not be loaded and what to do next, in one line; empty without a cause."""
-    causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    kinds = {base.__name__ for cause in causes for base in type(cause).__mro__}
-    if "GatedRepoError" in kinds or any("gated" in str(cause) for cause in causes):
-        return "it is gated: accept its licence on its hub page, then log in with `hf auth login`"
-    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError", "TimeoutException",
-                "MaxRetryError"}:
-        return "it is not on this machine and the hub cannot be reached: check the network"
-    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return "the hub has no such name, or it is private"
-    return f"{type(causes[0]).__name__}: {str(causes[0]).strip()}".splitlines()[0] if causes else ""
-
-
-def free_folder(parent: Path, name: str) -> Path:
-    """parent/name, or the first of parent/name-2, name-3 … that is not in use."""
-    tries = (parent / (name if i == 1 else f"{name}-{i}") for i in range(1, 1_000_000))
-    return next(folder for folder in tries if not folder.exists())
-
-
-class TrainingBar:
-    """What training shows on stderr: that it loads, then a bar; nothing is left of the first if it fails there.
-
-    Ctrl-C asks for a stop between two steps, so that what is saved is consistent; a second one, or one when no step follows,
-    stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted, self.shown = False, err.status("loading the model and held-out text")
-        columns = [TextColumn(text) for text in ("{task.fields[rate]} tokens/s", "fvu {task.fields[fvu]}",
-                                                 "L0 {task.fields[l0]}", "dead {task.fields[dead]}")]
-        self.progress = Progress(TextColumn("{task.percentage:>3.0f}%"), BarColumn(20), *columns, TimeRemainingColumn(),
-                                 console=err)
-        self.task = None
-
-    def __enter__(self) -> TrainingBar:
-        self.shown.start()
-        self.previous = signal.signal(signal.SIGINT, self.interrupt)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.stop()
-        signal.signal(signal.SIGINT, self.previous)
-
-    def stop(self) -> None:
-        self.shown.stop()
-
-    def interrupt(self, *signal_and_frame: Any) -> None:
-        if self.interrupted or self.task is None or self.progress.finished:  # asked twice, nothing to save yet or anew
-            raise SystemExit(130)
-        self.interrupted = True
-
-    def update(self, cfg: bt.Config, tokens: int, stats: list[bt.StepStats]) -> None:
-        """Show where training stands after so many tokens: one SAE's numbers, or the range of several SAEs'."""
-        if self.task is None:
-            self.stop()
-            self.task = self.progress.add_task("", total=cfg.tokens, rate="…", fvu="…", l0="…", dead="…")
-            site = cfg.module or f"{cfg.site} of block {cfg.layer}"
-            what = f"{cfg.n_latents} latents, k = {cfg.k:g}," if len(stats) == 1 else f"{len(stats)} SAEs"
-            say(f"{what} on {site} of {cfg.model}, {cfg.d_model} wide; {cfg.tokens:,} tokens on {bt.resolve_device(cfg.device)}")
-            self.shown = self.progress
-            self.shown.start()
-
-        def span(values: list[float], form: str) -> str:
-            low, high = format(min(values), form), format(max(values), form)
-            return low if low == high else f"{low}-{high}"
-
-        speed = self.progress.tasks[0].speed
-        self.progress.update(self.task, completed=tokens, rate=f"{speed:,.0f}" if speed else "…", fvu=span([s.fvu for s in stats], ".3f"),
-                             l0=span([s.l0 for s in stats], ".1f"), dead=span([s.dead for s in stats], ","))
-        if self.interrupted:
-            raise KeyboardInterrupt
-
-
-MEANINGS = {
-    "fvu": "fraction of variance unexplained", "nmse": "the same after standardising each token (the paper's)",
-    "mse": "mean squared distance to the reconstruction", "l0": "mean active latents per token",
-    "frac_alive": "share of latents that fired", "ce_clean": "cross-entropy, model untouched (nats per token)",
-    "ce_sae": "… reconstruction spliced in", "ce_zero": "… zeros instead", "ce_mean": "… the mean activation instead",
-    "ce_degradation": "ce_sae - ce_clean", "ce_recovered": "1 is the untouched model, 0 is zeros", "kl": "from the untouched model",
-}
-
-
-def show(result: dict[str, Any], cfg: bt.Config, as_json: bool) -> None:
-    """An evaluation as a table, or as JSON."""
-    if as_json:
-        print(json.dumps(result))
-        return
-    table = Table(title=f"{result['run']}: {result['tokens']:,} tokens of training, {result['eval_tokens']:,} held-out "
-                        f"tokens, {result['seconds']:.0f} s", title_justify="left")
-    table.add_column("metric")
-    table.add_column("batch", justify="right")
-    table.add_column(f"θ = {result['theta_value']:.4g}", justify="right")
-    table.add_column("meaning", style="dim")
-    for name, meaning in MEANINGS.items():
-        table.add_row(name, *(f"{result[s][name]:.4f}" for s in ("batch", "theta")), meaning)
-    out.print(table)
-    out.print(l0_line(result["theta"]["l0_histogram"], cfg.k), highlight=False)
-
-
-def l0_line(histogram: list[int], k: float) -> str:
-    """The spread of active latents per token, in words."""
-    low, middle, high = l0_quantiles(histogram)
-    return (f"Active latents per token with θ: 5 % of tokens have {low} or fewer, half {middle} or fewer, 5 % {high} or "
-            f"more, the most {len(histogram) - 1}; k = {k:g} is the mean aimed at.")
-
-
-def l0_quantiles(histogram: list[int]) -> list[int]:
-    """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] is the number of tokens with count c."""
-    below, total = list(itertools.accumulate(histogram)), sum(histogram)
-    return [next(count for count, tokens in enumerate(below) if tokens >= share * total) for share in (0.05, 0.5, 0.95)]
 
 
 if __name__ == "__main__":

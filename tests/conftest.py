@@ -1,35 +1,33 @@
 """Shared by all tests: the module on the path, planted data, the embedded language model, small settings."""
 
-import os
+import itertools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on the CPU
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import batchtopk as bt  # noqa: E402
 
 # Small enough for seconds, otherwise the defaults of the tiny preset.
-SMALL = dict(n_latents=256, k=8, tokens=6_000, batch_size=256, text_shuffle=64, buffer_tokens=4096, calibration_tokens=4096, eval_tokens=4096,
-             ce_tokens=1024, dead_tokens=2048, model_batch=8, device="cpu")
-
+SMALL = dict(n_latents=256, k=8, tokens=6_000, batch_size=256, text_shuffle=64, buffer_tokens=4096,
+             model_batch=8, calibration_tokens=4096, eval_tokens=4096, ce_tokens=1024, dead_tokens=2048,
+             device="cpu")
 
 @pytest.fixture(scope="session")
 def lm():
     """The embedded GPT-2, read before block 2."""
     return bt.LanguageModel("tiny-gpt2", 2, "resid_pre", device="cpu")
 
-
 class Planted:
-    """Data that a dictionary explains: x = mean + Σ of a few known unit directions with positive coefficients."""
+    """Data that a dictionary explains: x = mean + Σ of a few unit directions with positive coefficients."""
 
     def __init__(self, d_model=48, n_directions=96, active=4, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        self.directions = torch.nn.functional.normalize(torch.randn(n_directions, d_model, generator=generator), dim=1)
+        directions = torch.randn(n_directions, d_model, generator=generator)
+        self.directions = torch.nn.functional.normalize(directions, dim=1)
         self.active, self.mean = active, torch.randn(d_model, generator=generator)
 
     def batch(self, n, seed):
@@ -38,14 +36,31 @@ class Planted:
         size = 1 + torch.rand(n, len(self.directions), generator=generator)
         return (chosen * size) @ self.directions + self.mean
 
+    def stream(self, n):
+        """Batches of n without end."""
+        return (self.batch(n, i) for i in itertools.count())
 
 @pytest.fixture(scope="session")
 def planted():
     return Planted()
 
-
 @pytest.fixture(scope="session")
 def planted_sae(planted):
     """Trained once on planted data; tests must not change it."""
-    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=200_000, lr=3e-3, device="cpu")
-    return bt.train(cfg, (planted.batch(256, i) for i in range(10_000)))
+    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=120_000, lr=3e-3, device="cpu")
+    return bt.train(cfg, planted.stream(256))
+
+class Largest(TorchDispatchMode):
+    """While it is open, `entries` is the size of the largest dense tensor that any operation has made."""
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided:
+                self.entries = max(self.entries, t.numel())
+        return result
+
+def same_tensors(a, b):
+    """Whether two state dicts hold the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name].nan_to_num(), b[name].nan_to_num()) for name in a)

@@ -7,7 +7,7 @@
 
 A GPT-2 of 4 blocks x 256, context 128, byte-level BPE of 4096 tokens: small enough for a repository, trained for real,
 so that its residual stream has something to find. Files are split into training and held-out ones by a hash of their
-path (batchtopk.stdlib_documents), so the split is the same on every machine and for every Python version.
+path (batchtopk.documents), so the split is the same on every machine and for every Python version.
 
 The second model differs in width, depth, tokeniser and text: 3 blocks x 192, BPE of 1024 tokens, 1 M tokens of the C++
 headers that torch comes with, which are left beside it as FOLDER.jsonl.
