@@ -983,7 +983,7 @@ def context_chunks(cfg, tokenizer, split, at):
     passes = (documents(cfg, split) for _ in (itertools.count() if endless else range(1)))
     texts = itertools.islice(itertools.chain.from_iterable(passes), n_documents, None)
     size = cfg.model_batch * (math.ceil(cfg.text_shuffle / cfg.model_batch) if endless else 1) * cfg.context
-    while group := list(itertools.islice(texts, 64)):
+    while group := list(itertools.islice(texts, 16)):
         rows = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
         rest = numpy.concatenate([rest, *([begin, *row] for row in rows)])
         n_documents += len(group)

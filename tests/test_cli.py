@@ -104,7 +104,7 @@ def test_options_reach_the_configuration(tmp_path):
     *((["train", "--name", name, "--model", "nowhere"], 2, "one folder") for name in ("../../evil", "a/b", "", "..", "/tmp/evil")),
     (["train", "--dataset", "nowhere.jsonl"], 1, "nowhere.jsonl"), (["train", "--model", "/nowhere/model"], 1, "/nowhere/model"),
     (["eval", "nowhere"], 1, "'nowhere' is not a run"), (["export", "nowhere"], 1, "'nowhere' is not a run"),
-    (["train", "--resume", "nowhere"], 1, "'nowhere' holds no state"),
+    (["train", "--resume", "nowhere"], 1, "'nowhere' holds no run"),
     (["train", "--resume", "nowhere", "--k", "3"], 2, "leave out")])
 def test_a_mistake_ends_in_one_line_that_names_it(arguments, code, said, tmp_path):
     result = invoke(*arguments, *(["--out", tmp_path / "runs"] if arguments[0] == "train" else []))
