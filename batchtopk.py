@@ -353,6 +353,7 @@ def write_atomically(path, data):
     os.replace(temporary, path)
 
 def save_tensors(path, tensors):
+    """Write a safetensors file, atomically."""
     from safetensors.torch import save
     write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
@@ -797,6 +798,7 @@ def sampled_product(a, b, i, j):
     return torch.sparse.sampled_addmm(wanted, a, b.T, beta=0.0).values()
 
 def product_dtype(cfg, device):
+    """The precision of the encoder product in training."""
     wanted = cfg.encoder_dtype == "bfloat16" or cfg.encoder_dtype == "auto" and multiplies_bfloat16(device)
     return torch.bfloat16 if wanted else torch.float32
 
@@ -1149,8 +1151,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         mse, fvu: mean over tokens of ‖x - x̂‖²; Σ‖x - x̂‖² / Σ‖x - x̄‖², x̄ the mean of all tokens
         explained_variance, nmse: 1 - fvu; fvu of standardised tokens, x̄ their own means (the paper's)
         frac_alive, feature_density: share of latents that fired; [F] share of tokens on which each did
-    and with token ids [n, T], in nats per token, ce_clean: the untouched model; ce_sae: reconstruction put in
-    its place; ce_zero, ce_mean: zeros, the mean activation; ce_degradation = ce_sae - ce_clean; ce_recovered =
+    and with token ids [n, T], in nats per token, ce_clean: the model as it is; ce_sae: reconstruction spliced
+    in; ce_zero, ce_mean: zeros, the mean instead; ce_degradation = ce_sae - ce_clean; ce_recovered =
     (ce_zero - ce_sae) / (ce_zero - ce_clean); kl: divergence from the clean prediction.
     Raises: Unavailable if θ was never estimated; InputError if batches are empty.
     """
