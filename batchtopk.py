@@ -8,9 +8,9 @@ A sparse autoencoder (SAE) writes an activation x of a language model as a sum o
     L = mean ‖X - X̂‖² + α · L_aux            L_aux gives latents that stopped firing a gradient
     f = Z · 1[Z > θ]                         inference: one threshold θ stands in for the batch
 
-TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Why the
-largest? Rows of W_dec have norm 1, so dropping an active entry z adds about z² to the squared error: the k·B
-largest are the best use of a budget of k·B entries.
+TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
+W_dec have norm 1, so dropping an active entry z adds about z² to the squared error: the k·B largest are the
+best use of a budget of k·B entries.
 
 Dimensions:  B tokens in a batch   D width of the activations   F latents   N = int(k·B) entries kept
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -34,12 +35,11 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 class InputError(ValueError):
     """A value that cannot work; the message names it and says what is accepted."""
@@ -60,69 +60,62 @@ def explained(message, kind=InputError):
 # ==================== Part one: the method ====================
 # ---- 1. Configuration ----------------------------------------
 
-def option(default, doc, **rules):
-    """A field of Config: its default, what it is, and what is accepted (choices, min, max)."""
-    return dataclasses.field(default=default, metadata={"doc": doc, **rules})
+def option(default, doc, *choices, min=0, max=math.inf):
+    """A field of Config: its default, what it is, and the values accepted."""
+    return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, min=min, max=max))
+
+DTYPES = "auto", "float32", "bfloat16"
 
 @dataclass(frozen=True)
 class Config:
     """Everything a run depends on. The command line makes its options from these fields."""
 
     # The dictionary
-    d_model: int = option(dataclasses.MISSING, "D, width of the activations")
-    n_latents: int = option(dataclasses.MISSING, "F, number of latents")
+    d_model: int = option(dataclasses.MISSING, "D, width of the activations", min=1)
+    n_latents: int = option(dataclasses.MISSING, "F, number of latents", min=1)
     k: float = option(32, "average number of active latents per token")
-    activation: str = option("batchtopk", "what selects latents", choices=("batchtopk", "topk", "jumprelu"))
-    normalize: str = option("scale", "one scale for all inputs, or each token standardised (authors)",
-                            choices=("scale", "token"))
-    init: str = option("data", "b_dec at the data's mean and W_enc = W_dec, or as in the authors' code",
-                       choices=("data", "authors"))
+    activation: str = option("batchtopk", "what selects latents", "batchtopk", "topk", "jumprelu")
+    normalize: str = option("scale", "one scale for all inputs, or each token standardised", "scale", "token")
+    init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
     # Training
-    tokens: int = option(1_000_000, "length of the run in tokens")
-    batch_size: int = option(1024, "B, tokens in a batch (paper: 4096)")
+    tokens: int = option(1_000_000, "length of the run in tokens", min=1)
+    batch_size: int = option(1024, "B, tokens in a batch (paper: 4096)", min=1)
     lr: float = option(0.0, "peak learning rate; 0 means min(5e-3, 3e-3 · (1e6 / tokens)^0.3) (paper: 3e-4)")
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", max=1)
     beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", max=1)
     warmup: float = option(0.02, "share of the run in which the learning rate rises", max=1)
     decay: float = option(0.3, "share of the run in which the learning rate falls to 0", max=1)
-    aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)", min=0)
+    aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
-    dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)")
-    step: str = option("sparse", "fast, or plain autograd; the same results", choices=("sparse", "plain"))
-    encoder_dtype: str = option("auto", "in which candidates are looked for; auto: bfloat16 if the hardware "
-                                "has it", choices=("auto", "float32", "bfloat16"))
+    dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", min=1)
+    step: str = option("sparse", "fast, or plain autograd; the same results", "sparse", "plain")
+    encoder_dtype: str = option("auto", "the search's precision; auto: bfloat16 where hardware has it", *DTYPES)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
-    seed: int = option(0, "seed of weights and shuffling", min=0)
+    seed: int = option(0, "seed of weights and shuffling")
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
     # Activations
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
-    layer: int = option(1, "block of the model that is read", min=0)
+    layer: int = option(1, "block of the model that is read")
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
-                       choices=("resid_pre", "resid_post", "mlp_out", "attn_out"))
+                       "resid_pre", "resid_post", "mlp_out", "attn_out")
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
-    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it",
-                              choices=("auto", "float32", "bfloat16"))
+    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it", *DTYPES)
     dataset: str = option("stdlib", "a hub data set, a .txt, .jsonl or .parquet file, or Python's stdlib")
     dataset_config: str = option("", "configuration of a hub data set that has several")
     text_column: str = option("text", "column that holds the text")
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", min=2)
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
-    model_batch: int = option(32, "contexts in one forward pass of the model")
-    text_shuffle: int = option(8192, "contexts that are shuffled at a time")
-    buffer_tokens: int = option(131_072, "activations that are shuffled at a time")
-    # θ and evaluation
-    calibration_tokens: int = option(65_536, "held-out tokens on which θ is calibrated at the end")
-    eval_tokens: int = option(65_536, "held-out tokens of the evaluation")
-    ce_tokens: int = option(16_384, "of these, tokens run through the whole model for cross-entropy")
+    model_batch: int = option(32, "contexts in one forward pass of the model", min=1)
+    buffer_tokens: int = option(131_072, "activations that are shuffled at a time", min=1)
+    eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", min=1)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value, rules = field.name, getattr(self, field.name), field.metadata
-            if value not in rules.get("choices", (value,)):
+            if rules["choices"] and value not in rules["choices"]:
                 raise InputError(f"{name} is {value!r}; choose one of: {', '.join(rules['choices'])}")
             if field.type in ("int", "float"):
-                whole = field.type == "int"
-                low, high = rules.get("min", int(whole)), rules.get("max", math.inf)
+                whole, low, high = field.type == "int", rules["min"], rules["max"]
                 number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
                 if not number or whole and value % 1:
                     kind = "whole number" if whole else "number"
@@ -191,8 +184,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
         tensor([[5., 0., 0.],
                 [4., 3., 0.]])
 
-    Args: z, float tensor of any shape; n, how many entries to keep.
-    Returns: a tensor like z. Raises InputError for a negative n.
+    Args: z, float tensor of any shape; n, how many entries to keep, 0 or more, else InputError.
     """
     if n < 0:
         raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
@@ -206,12 +198,6 @@ def row_topk(z: Tensor, k: int) -> Tensor:
     return torch.zeros_like(z).scatter(-1, latent, values.relu())
 
 # ---- 3. The sparse autoencoder -------------------------------
-
-class Entries(NamedTuple):
-    """The active entries of f [B, F], each field [m], sorted by row, then latent."""
-    row: Tensor
-    latent: Tensor
-    value: Tensor  # float32
 
 class SAE(nn.Module):
     """A sparse autoencoder. It takes and returns activations in the model's own units."""
@@ -235,47 +221,44 @@ class SAE(nn.Module):
         """(x - b_dec) W_encᵀ + b_enc, before the ReLU: [B, D] -> [B, F]."""
         return functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
 
-    def select(self, z: Tensor) -> Tensor:
-        """Zero all of z [B, F] but what training keeps."""
+    def select(self, z: Tensor, selection: str = "training") -> Tensor:
+        """Zero all of z [B, F] but the active entries."""
         if self.config.activation == "topk":
             return row_topk(z, int(self.config.k))
-        return batch_topk(z, self.config.n_kept(len(z)))
-
-    def activate(self, z: Tensor, selection: str) -> Tensor:
-        """Zero all of z [B, F] but the active entries."""
-        if self.config.activation == "topk" or self.config.activation == "batchtopk" and selection == "batch":
-            return self.select(z)
+        if selection == "training" or selection == "batch" and self.config.activation == "batchtopk":
+            return batch_topk(z, self.config.n_kept(len(z)))
         return z.masked_fill(z.float() <= self.threshold(), 0.0)
 
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
         """Activations x [..., D] in the model's units, of any float dtype, to latents f [..., F].
 
-        Args: selection, "theta", the inference form Z · 1[Z > θ], where each row depends on itself alone, or
-            "batch", BatchTopK over all rows of x, as in training. TopK and JumpReLU have one form each.
-        Raises: InputError for another width or selection; Unavailable if θ was never estimated.
+        selection is "theta", the inference form Z · 1[Z > θ], where each row depends on itself alone, or
+        "batch", BatchTopK over all rows of x, as in training. TopK and JumpReLU have one form each.
+        Raises InputError for another width or selection, Unavailable if θ was never estimated.
         """
-        f = self.activate(self.pre_activations(self.as_rows(x, selection)), selection)
+        f = self.select(self.pre_activations(self.as_rows(x, selection)), selection)
         return f.view(*x.shape[:-1], f.shape[-1])
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
-        """The active entries of encode alone: indices [2, m] int64 and values [m] float32.
+        """The active entries of encode: (row, latent) [2, m] int64, in order, and values [m] float32.
 
-        The indices are (row, latent), sorted, with the leading dimensions of x flattened to rows.
+        Leading dimensions of x are flattened to rows.
         """
         rows = self.as_rows(x, selection)
         size = max(1, len(rows)) if selection == "batch" else 4096  # otherwise rows are independent
         parts = [self.active_entries(part, selection) for part in rows.split(size)]
-        row = torch.cat([part.row + i * size for i, part in enumerate(parts)])
-        return torch.stack([row, torch.cat([p.latent for p in parts])]), torch.cat([p.value for p in parts])
+        row = torch.cat([row + i * size for i, (row, _, _) in enumerate(parts)])
+        _, latent, value = (torch.cat(tensors) for tensors in zip(*parts))
+        return torch.stack([row, latent]), value
 
-    def active_entries(self, rows: Tensor, selection: str) -> Entries:
-        """The active entries of standardised rows [B, D]."""
+    def active_entries(self, rows: Tensor, selection: str):
+        """Row, latent and float32 value, each [m], of the active entries of standardised rows [B, D]."""
         if self.config.step == "sparse" and len(rows):
             return sparse_entries(self, rows, selection)  # section 7: the same without a [B, F] matrix
-        f = self.activate(self.pre_activations(rows), selection)
+        f = self.select(self.pre_activations(rows), selection)
         row, latent = f.nonzero().T
-        return Entries(row, latent, f[row, latent].float())
+        return row, latent, f[row, latent].float()
 
     def decode(self, f: Tensor) -> Tensor:
         """Latents f [..., F] to reconstructions [..., D], for normalize="token" in standardised units."""
@@ -286,7 +269,7 @@ class SAE(nn.Module):
         return self.restore(self.decode(self.encode(x, selection)), x)
 
     def threshold(self) -> Tensor:
-        """What an entry must exceed at inference: θ [], or for JumpReLU each latent's own threshold [F]."""
+        """What an entry must exceed at inference: θ [], or JumpReLU's thresholds [F]."""
         if self.config.activation == "jumprelu":
             return self.log_threshold.exp()
         if self.theta.isnan():
@@ -319,8 +302,7 @@ class SAE(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move or cast, but keep thresholds in float32: in bfloat16 θ would move by up to 0.4 %."""
-        state = self.state_dict()
-        exact = {name: state[name].clone() for name in ("theta", "log_threshold") if name in state}
+        exact = {n: t.clone() for n, t in self.state_dict().items() if n in ("theta", "log_threshold")}
         super()._apply(fn, recurse)
         for name, tensor in exact.items():
             getattr(self, name).data = tensor.to(self.W_dec.device)
@@ -358,19 +340,17 @@ def save_tensors(path, tensors):
     write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 def load_tensors(path):
+    """Read a safetensors file."""
     from safetensors.torch import load_file
     return load_file(path)
 
 # ---- 4. Loss -------------------------------------------------
 
-class Losses(NamedTuple):
-    loss: Tensor  # []  mse + α·aux
-    mse: Tensor  # []  mean over tokens of ‖x - x̂‖², summed over D
-    aux: Tensor  # []  the auxiliary loss, 0 without dead latents
-    f: Tensor  # [B, F]
+def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
+    """mean ‖X - X̂‖² + α · L_aux (paper, section 3) for standardised x [B, D].
 
-def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None) -> Losses:
-    """mean ‖X - X̂‖² + α · L_aux (paper, section 3) for standardised x [B, D]. The penalty is JumpReLU's."""
+    Returns the loss, its parts mse (summed over D) and aux, and f [B, F]. The penalty is JumpReLU's.
+    """
     z, sparsity = sae.pre_activations(x), 0.0
     if penalty is None:
         f = sae.select(z)
@@ -382,19 +362,18 @@ def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None) -> Los
     dead = sae.is_dead().nonzero().squeeze(1)
     rows = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
     aux = auxiliary_loss(x, residual.detach(), *rows, sae.config)
-    return Losses(mse + sae.config.aux_coef * aux + sparsity, mse, aux, f)
+    return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
 
-AUX_SHARE = 1 / 24  # of B·F: cap on tokens × dead latents in the auxiliary loss
+AUX_SHARE = 1 / 96  # of B·F: cap on tokens × dead latents in the auxiliary loss
 
 def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
 
         e = X - X̂,   ê = (the k_aux largest Z of the dead latents, per token) W_dec,   L_aux = mean ‖e - ê‖²
 
-    Z is taken before the ReLU, after which a latent with negative Z on all tokens would get no gradient. ê is
-    without b_dec, because e is free of it. e is detached, so that live latents get no gradient from L_aux.
-    If many latents are dead, only the first tokens of the batch are used, which bounds the cost.
-    W_enc, b_enc and W_dec are the rows of the dead latents. Returns 0 if there are none.
+    Z is taken before the ReLU, after which a latent with negative Z on all tokens would get no gradient. e is
+    detached, so that live latents get no gradient from L_aux. If many latents are dead, only the first tokens
+    of the batch are used, which bounds the cost. W_enc, b_enc and W_dec are the rows of the dead latents.
     """
     n_dead = len(b_enc)
     if not n_dead or not cfg.aux_k:
@@ -434,21 +413,24 @@ class JumpReLU(torch.autograd.Function):
 
 THETA_RATE = 0.01  # of the running estimate
 
-def update_theta_(sae: SAE, threshold: float, n_updates: int):
-    """Running estimate of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
+def running_rate(rate, n):
+    """Weight of the n-th value in an exponential average with bias correction: 1, then falling to `rate`."""
+    return rate / (1 - (1 - rate) ** n)
 
-    An exponential average with bias correction: the first batch counts in full, the second with weight
-    1/(2 - r), and so on down to r. Without it θ is 36 % short after 100 steps, and far too many latents fire.
+def update_theta_(sae: SAE, threshold: float, n_updates: int):
+    """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
+
+    Without bias correction θ is 36 % short after 100 steps, and far too many latents fire.
     """
-    rate = THETA_RATE / (1 - (1 - THETA_RATE) ** n_updates)
+    rate = running_rate(THETA_RATE, n_updates)
     sae.theta.copy_(threshold if n_updates == 1 else sae.theta + rate * (threshold - sae.theta))
 
 @torch.no_grad()
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     """Set θ to the mean, over held-out batches of config.batch_size tokens, of the smallest kept entry.
 
-    For JumpReLU entries are measured in their latents' thresholds, which are then multiplied by the mean: L0
-    becomes k, so that methods are compared at equal L0. InputError if no entry is positive.
+    JumpReLU's thresholds are multiplied by a factor found in the same way, so that L0 becomes k and methods
+    are compared at equal L0. InputError if no entry is positive.
     """
     judge, smallest, jumprelu = sae, [], sae.config.activation == "jumprelu"
     if jumprelu:
@@ -457,7 +439,7 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
         judge.W_enc.div_(sae.threshold()[:, None])
         judge.b_enc.div_(sae.threshold())
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
-        value = judge.active_entries(judge.as_rows(x), "batch").value
+        value = judge.active_entries(judge.as_rows(x), "batch")[2]
         smallest += [float(value.min())] if len(value) else []
     if not smallest:
         raise InputError("θ cannot be calibrated: no batch held a positive pre-activation")
@@ -486,17 +468,18 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 def plain_step(trainer: Trainer, x: Tensor, lr: float):
     """One step on standardised x [B, D]. Returns mse, aux, and of active entries latent and value."""
     sae = trainer.sae
-    result = loss(sae, x, trainer.penalty())
-    trainer.check_finite(result.mse.item())
-    gradients = torch.autograd.grad(result.loss, list(sae.parameters()), allow_unused=True)
+    total, mse, aux, f = loss(sae, x, trainer.penalty())
+    trainer.check_finite(mse.item())
+    gradients = torch.autograd.grad(total, list(sae.parameters()), allow_unused=True)
     gradient = {name: g for (name, _), g in zip(sae.named_parameters(), gradients) if g is not None}
     with torch.no_grad():
         W, g = sae.W_dec, gradient["W_dec"]
+        rows = g.any(1).nonzero().squeeze(1)  # the latents that got a gradient; the others stay as they are
         g -= (g * W).sum(1, keepdim=True) * W  # no growth along a row: it would be undone below
+        trainer.adam_({name: gradient.pop(name)[rows] for name in ("W_enc", "W_dec", "b_enc")}, lr, rows)
         trainer.adam_(gradient, lr)
-        W /= W.norm(dim=1, keepdim=True)  # after Adam, so that saved rows have norm 1
-    f = result.f.detach()
-    return result.mse.item(), result.aux.item(), f.nonzero()[:, 1], f[f > 0]
+        W[rows] = functional.normalize(W[rows], dim=1)  # after Adam, so that saved rows have norm 1
+    return mse.item(), aux.item(), f.nonzero()[:, 1], f.detach()[f > 0]
 
 class StepStats(NamedTuple):
     """What Trainer.step reports about its batch."""
@@ -509,12 +492,14 @@ class StepStats(NamedTuple):
     threshold: float  # smallest kept entry, NaN if none was positive; θ is its expectation
     lr: float
 
+DECODER_LR = 2  # W_dec learns at this multiple of the learning rate
+
 class Trainer:
     """Trains one SAE step by step, with the plain step above or the sparse step of section 7.
 
-    normalize="scale" trains as if the inputs were s·x, with a mean squared norm of D around their mean, but
-    never scales anything: for a ReLU dictionary that equals training on x with the biases' learning rate
-    divided by s. So the weights are in the model's units at all times.
+    normalize="scale" trains as if the inputs were s·x, with a mean squared norm of D around their mean. For a
+    ReLU dictionary that equals training on x with the biases' learning rate divided by s, which is what is
+    done: the weights are in the model's units at all times.
     """
 
     NUMBERS = ("tokens_seen", "steps", "seconds", "theta_updates", "scale", "variance", "last_threshold",
@@ -529,6 +514,7 @@ class Trainer:
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
         self.moments = {f"{name}.{moment}": torch.zeros_like(parameter, requires_grad=False)
                         for name, parameter in self.sae.named_parameters() for moment in ("mean", "square")}
+        self.moments["updates"] = torch.zeros(cfg.n_latents, device=self.device)  # steps with a gradient
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
@@ -575,15 +561,29 @@ class Trainer:
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)
         return cfg.peak_lr * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
-    def adam_(self, gradient: dict[str, Tensor], lr: float, rows: slice = slice(None)):
-        """One step of Adam on some rows of the parameters, given their gradients [rows, …]."""
+    def adam_(self, gradient: dict[str, Tensor], lr: float, rows: Tensor | None = None):
+        """Adam, in place, on whole parameters or on some `rows` of them, given their gradients.
+
+        A latent's rows move only in steps in which they got a gradient, and count only these ("lazy", as in
+        torch.optim.SparseAdam): dense Adam shrinks a rare latent's moments to nothing between its firings, so
+        that its step is all noise when it fires.
+        """
+        n = torch.full((1, 1), self.steps + 1.0, device=self.device)  # gradients so far, with this one
+        if rows is not None:
+            n = self.moments["updates"].index_select(0, rows).add_(1)[:, None]
+            self.moments["updates"].index_copy_(0, rows, n[:, 0])
         for name, g in gradient.items():
             unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
-            mean, square = self.moments[f"{name}.mean"][rows], self.moments[f"{name}.square"][rows]
-            steps = torch.full((), float(self.steps), device=g.device)  # counted up in place
-            adam([getattr(self.sae, name)[rows]], [g], [mean], [square], [], [steps], fused=True,
-                 amsgrad=False, maximize=False, weight_decay=0, beta1=self.cfg.beta1, beta2=self.cfg.beta2,
-                 lr=lr / unit, eps=1e-8 * unit / self.scale**2)
+            at = torch.arange(len(g), device=self.device) if rows is None else rows
+            stored = getattr(self.sae, name).data, self.moments[f"{name}.mean"], self.moments[f"{name}.square"]
+            g, *stored = (t[:, None] if t.ndim == 1 else t for t in (g, *stored))
+            parameter, mean, square = new = [tensor.index_select(0, at) for tensor in stored]
+            mean.lerp_(g, running_rate(1 - self.cfg.beta1, n))
+            square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n))
+            speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
+            parameter.addcdiv_(mean, square.sqrt().add_(1e-8 * unit / self.scale**2), value=-speed)
+            for old, tensor in zip(stored, new):
+                old.index_copy_(0, at, tensor)
 
     def penalty(self) -> tuple[float, float] | None:
         """JumpReLU's λ and ε in units of the inputs; None while it still selects as BatchTopK does."""
@@ -614,12 +614,12 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ.
 
     Args: batches, any iterable of float tensors [n, D] of any n, in the model's units; a list is repeated.
-        The first 5 % of cfg.tokens, at most cfg.calibration_tokens, are set aside for θ.
+        The first 5 % of cfg.tokens, at most cfg.eval_tokens, are set aside for θ.
     Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
     """
     trainer = Trainer(cfg)
     stream = rebatch(repeat(batches), cfg.batch_size, trainer.device)
-    n = max(1, min(cfg.calibration_tokens, cfg.tokens // 20) // cfg.batch_size)
+    n = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n))
     if held_out:
         trainer.initialize_(torch.cat(held_out))
@@ -644,7 +644,7 @@ def repeat(batches):
 # Only the encoder product has to be dense. All else touches the N kept entries, about a thousandth of B·F.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
-UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 40}  # entries of a weight matrix updated at a time
+UPDATE_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 40}  # entries of a weight matrix updated at a time
 HINT = 0.95  # the search starts at this share of the last step's smallest kept entry
 
 @torch.no_grad()
@@ -655,10 +655,10 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
     smallest of these becomes the threshold that later ones must exceed. So one pass is exact if the first
     threshold, `hint`, is not above the true one. If it was, fewer than n are found, and all is repeated.
     In bfloat16 the product only nominates entries; their values are computed again in float32 and decide.
-
-    Args: centred, x - b_dec [B, D]; hint, 0 or more, a number or one for each latent [F].
-    Returns: latent, row [m] int64, value [m] float32, sorted by latent, then row.
+    centred is x - b_dec [B, D]; hint a number or [F]. Returns latent, row, value [m], by latent, then row.
     """
+    if sae.config.activation == "topk":
+        return row_entries(sae, centred)
     n_rows, n_latents, columns = len(centred), len(sae.b_enc), centred.to(dtype).T
     chunk = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))
     scratch = torch.empty(chunk, n_rows, dtype=dtype, device=centred.device)
@@ -711,16 +711,12 @@ def row_entries(sae, centred):
 @torch.no_grad()
 def sparse_entries(sae, rows, selection):
     """SAE.active_entries without a [B, F] matrix."""
-    centred = rows.float() - sae.b_dec.float()
-    if sae.config.activation == "topk":
-        latent, row, value = row_entries(sae, centred)
-    elif sae.config.activation == "batchtopk" and selection == "batch":
-        hint = HINT * float(sae.theta.nan_to_num(0.0))
-        latent, row, value = find_entries(sae, centred, hint, sae.config.n_kept(len(rows)))
-    else:
-        latent, row, value = find_entries(sae, centred, sae.threshold())
+    hint, n = HINT * float(sae.theta.nan_to_num(0.0)), sae.config.n_kept(len(rows))
+    if sae.config.activation == "jumprelu" or sae.config.activation == "batchtopk" and selection == "theta":
+        hint, n = sae.threshold(), None
+    latent, row, value = find_entries(sae, rows.float() - sae.b_dec.float(), hint, n)
     order = row.argsort(stable=True)
-    return Entries(row[order], latent[order], value[order])
+    return row[order], latent[order], value[order]
 
 @torch.no_grad()
 def sparse_step(trainer, x, lr):
@@ -732,8 +728,6 @@ def sparse_step(trainer, x, lr):
         (coef, width), theta = penalty, sae.log_threshold.exp()
         latent, row, z = find_entries(sae, centred, (theta - 0.51 * width).clamp_min(0), dtype=dtype)
         value = z * (z > theta[latent])
-    elif cfg.activation == "topk":
-        latent, row, value = row_entries(sae, centred)
     else:
         hint, n = HINT * trainer.last_threshold, cfg.n_kept(len(x))
         latent, row, value = find_entries(sae, centred, hint, n, dtype)
@@ -755,30 +749,35 @@ def sparse_step(trainer, x, lr):
     d_value = d_f * (value > 0)
     d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)
     d_b_dec = g.sum(0) - d_b_enc @ sae.W_enc  # the decoder's share and the encoder's, a vector times a matrix
-    gradient = {"b_enc": d_b_enc, "b_dec": d_b_dec}
+    gradient, active = {"b_dec": d_b_dec}, latent[value > 0]
+    touched = torch.zeros_like(sae.b_enc, dtype=torch.bool).index_fill_(0, active, True)
     if penalty:  # as in JumpReLU.backward
         falling = (theta[latent] * d_f + coef / len(x)) * ((z - theta[latent]).abs() < width / 2) / width
         gradient["log_threshold"] = -theta * torch.zeros_like(theta).index_add_(0, latent, falling)
     if d_aux:
         d_b_enc.index_add_(0, dead, d_aux[1])
         d_b_dec += d_aux[3]
+        touched[dead] |= d_aux[2].any(1)
+    trainer.adam_(gradient, lr)
     # Weight gradients, for each latent a sum of rows, and the update, while a few of them are in the cache
-    size = UPDATE_ENTRIES[x.device.type] // cfg.d_model + 1
-    for part in (slice(a, min(a + size, n_latents)) for a in range(0, n_latents, size)):
-        mine = slice(int(starts[part.start]), int(starts[part.stop]))
-        groups = starts[part.start : part.stop + 1] - mine.start
+    rows = touched.nonzero().squeeze(1)
+    for rows in rows.split(UPDATE_ENTRIES[x.device.type] // cfg.d_model + 1) if len(rows) else ():
+        groups = starts[torch.cat([rows, rows[-1:] + 1])]
+        mine = slice(*groups[:: len(rows)].tolist())  # on a GPU the host waits here
+        groups -= mine.start
         d_W_dec = sum_rows(g, row[mine], value[mine], groups)  # fᵀ g
         d_W_enc = sum_rows(centred, row[mine], d_value[mine], groups)  # (∂mse/∂f)ᵀ (X - b_dec)
         if d_aux:
-            here = (dead >= part.start) & (dead < part.stop)
-            d_W_enc.index_add_(0, dead[here] - part.start, d_aux[0][here])
-            d_W_dec.index_add_(0, dead[here] - part.start, d_aux[2][here])
-        W = sae.W_dec[part]
+            here = torch.isin(dead, rows)
+            at = torch.searchsorted(rows, dead[here])
+            d_W_enc.index_add_(0, at, d_aux[0][here])
+            d_W_dec.index_add_(0, at, d_aux[2][here])
+        W = sae.W_dec.index_select(0, rows)
         d_W_dec.addcmul_(W, (d_W_dec * W).sum(1, keepdim=True), value=-1)
-        trainer.adam_({"W_enc": d_W_enc, "W_dec": d_W_dec}, lr, part)
-        W.div_(W.norm(dim=1, keepdim=True))
-    trainer.adam_(gradient, lr)
-    return mse, aux, latent[value > 0], value[value > 0]
+        trainer.adam_({"W_enc": d_W_enc, "W_dec": d_W_dec, "b_enc": d_b_enc[rows]}, lr, rows)
+        W = sae.W_dec.index_select(0, rows)
+        sae.W_dec.index_copy_(0, rows, W.div_(W.norm(dim=1, keepdim=True)))
+    return mse, aux, active, value[value > 0]
 
 def group_starts(groups, n):
     """Where each of n groups starts in ascending group numbers [m], and where the last one ends: [n + 1]."""
@@ -892,18 +891,19 @@ def find_site(model, layer, site, path):
     if path:
         with explained(f"the model has no module {path!r}"):
             return model.get_submodule(path), False
-    names = "h", "layers", "blocks"
-    blocks = next((m for n, m in model.named_modules() if n.rpartition(".")[2] in names), [])
+    lists = (m for name, m in model.named_modules() if name.rpartition(".")[2] in ("h", "layers", "blocks"))
+    blocks = next(lists, [])
     if layer >= len(blocks):
         raise InputError(f"layer is {layer}; {len(blocks)} blocks were found in the model, the first is 0")
-    block, mlp, attention = blocks[layer], ["mlp", "feed_forward"], ["attn", "self_attn", "attention"]
     if site in ("resid_pre", "resid_post"):
-        return block, site == "resid_pre"
-    if hasattr(block, "post_feedforward_layernorm"):  # Gemma 2 adds the outputs of norms
-        mlp, attention = ["post_feedforward_layernorm"], ["post_attention_layernorm"]
-    for name in mlp if site == "mlp_out" else attention:
-        if hasattr(block, name):
-            return getattr(block, name), False
+        return blocks[layer], site == "resid_pre"
+    parts = dict(blocks[layer].named_children())
+    names = "mlp feed_forward" if site == "mlp_out" else "attn self_attn attention"
+    if "post_feedforward_layernorm" in parts:  # Gemma 2 adds the outputs of norms
+        names = "post_feedforward_layernorm" if site == "mlp_out" else "post_attention_layernorm"
+    for name in names.split():
+        if name in parts:
+            return parts[name], False
     raise InputError(f"blocks of the model have no {site}; name a module with --module")
 
 def load_model(name, dtype):
@@ -951,60 +951,61 @@ def dataset_texts(cfg):
                 raise InputError(f"text_column is {cfg.text_column!r}; {cfg.dataset!r} has: {', '.join(row)}")
             yield text
 
+def pack(texts, tokenizer, n, length):
+    """The next documents, packed: token ids [n or more, length], fewer where they end; how many documents.
+
+    Each document follows the tokenizer's begin token. Nothing is padded; what is left over is dropped.
+    """
+    import numpy  # torch.cat in a second thread starts a second pool of threads, which halved training speed
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    rows, n_documents, n_tokens = [], 0, 0
+    while n_tokens < n * length and (group := list(itertools.islice(texts, 16))):
+        found = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+        rows += [numpy.array([begin, *row]) for row in found]
+        n_documents, n_tokens = n_documents + len(group), n_tokens + sum(map(len, found)) + len(found)
+    ids = numpy.concatenate([numpy.empty(0, dtype=numpy.int64), *rows])
+    return ids[: n_tokens // length * length].reshape(-1, length), n_documents
+
 class Position(NamedTuple):
     """Where training stands in the text."""
     documents: int = 0  # read before the current chunk of contexts
-    chunk: int = 0  # its number
-    contexts: int = 0  # used of it before the current buffer of activations
+    contexts: int = 0  # used of this chunk before the current buffer of activations
     batches: int = 0  # used of this buffer
-    rest: Tensor = torch.empty(0, dtype=torch.int64)  # token ids that were left over before the chunk
 
-def contexts(cfg, tokenizer, split, at=Position()):
-    """Documents packed into contexts: blocks [model_batch, T] of token ids, each with the Position after it.
+TEXT_SHUFFLE = 8192
 
-    Each document follows the tokenizer's begin token; nothing is padded. Training text repeats without end
-    and is shuffled, text_shuffle contexts at a time: a few long documents could fill the activations' buffer.
-    The next chunk is tokenised in a background thread.
+def contexts(cfg, tokenizer, at=Position()):
+    """Training text without end: blocks [model_batch, T] of token ids, each with the Position after it.
+
+    It is shuffled TEXT_SHUFFLE contexts at a time, because a few long documents could fill the buffer of
+    activations. The next such chunk is tokenised in a background thread.
     """
-    chunks, used = context_chunks(cfg, tokenizer, split, at), at.contexts
+    passes = (documents(cfg, "train") for _ in itertools.count())
+    texts = itertools.islice(itertools.chain.from_iterable(passes), at.documents, None)
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, chunks, None)
-        while found := ahead.result():
-            ahead, (chunk, at) = thread.submit(next, chunks, None), found
-            while used < len(chunk):
+        n = min(TEXT_SHUFFLE, -(-cfg.tokens // cfg.context))
+        tokenise = functools.partial(thread.submit, pack, texts, tokenizer, n, cfg.context)
+        ahead = tokenise()
+        while True:
+            (chunk, n_documents), ahead = ahead.result(), tokenise()
+            order = torch.randperm(len(chunk), generator=generator_of(cfg.seed, at.documents))
+            chunk = torch.from_numpy(chunk)[order]
+            for used in range(at.contexts, len(chunk), cfg.model_batch):
                 block = chunk[used : used + cfg.model_batch]
-                used += len(block)
-                yield block, at._replace(contexts=used, batches=0)
-            used = 0
+                yield block, at._replace(contexts=used + len(block), batches=0)
+            at = Position(at.documents + n_documents)
 
-def context_chunks(cfg, tokenizer, split, at):
-    """Chunks of contexts, each with the Position before it."""
-    import numpy  # torch.cat in a second thread starts a second pool of threads, which halved training speed
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    endless, rest, n_documents, number = split == "train", at.rest.numpy(), at.documents, at.chunk
-    passes = (documents(cfg, split) for _ in (itertools.count() if endless else range(1)))
-    texts = itertools.islice(itertools.chain.from_iterable(passes), n_documents, None)
-    size = cfg.model_batch * (math.ceil(cfg.text_shuffle / cfg.model_batch) if endless else 1) * cfg.context
-    while group := list(itertools.islice(texts, 16)):
-        rows = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
-        rest = numpy.concatenate([rest, *([begin, *row] for row in rows)])
-        n_documents += len(group)
-        while len(rest) >= size:
-            chunk, rest = rest[:size].reshape(-1, cfg.context), rest[size:]
-            if endless:
-                chunk = numpy.random.default_rng([cfg.seed, number]).permutation(chunk)
-            number += 1
-            yield torch.from_numpy(chunk), at
-            at = Position(n_documents, number, rest=torch.from_numpy(rest))
-    if n := len(rest) // cfg.context:
-        yield torch.from_numpy(rest[: n * cfg.context]).view(n, -1), at
+def generator_of(*numbers):
+    """A random generator whose seed depends on all these whole numbers."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 def activation_batches(cfg, lm, at=Position()):
     """Training activations without end: batches [batch_size, D], each with the Position after it.
 
     The model fills a buffer, whose rows are served in a random order; to continue, it fills it again.
     """
-    blocks, wanted = contexts(cfg, lm.tokenizer, "train", at), max(cfg.buffer_tokens, cfg.batch_size)
+    blocks, wanted = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
     rows = wanted + cfg.model_batch * cfg.context
     buffer = torch.empty(rows, lm.d_model, dtype=lm.model.dtype, device=lm.device)
     while True:
@@ -1014,26 +1015,23 @@ def activation_batches(cfg, lm, at=Position()):
             x = lm.kept_activations(block)
             buffer[n : n + len(x)] = x
             n += len(x)
-        generator = torch.Generator().manual_seed((cfg.seed + (start.chunk << 32) + start.contexts) % 2**63)
-        order = torch.randperm(n, generator=generator).to(lm.device)
+        order = torch.randperm(n, generator=generator_of(cfg.seed, start.documents, start.contexts))
         for i in range(start.batches, n // cfg.batch_size):
-            yield buffer[order[i * cfg.batch_size : (i + 1) * cfg.batch_size]], start._replace(batches=i + 1)
+            rows = order[i * cfg.batch_size : (i + 1) * cfg.batch_size]
+            yield buffer[rows.to(lm.device)], start._replace(batches=i + 1)
 
 def held_out_contexts(cfg, tokenizer):
-    """Token ids [n, T] of held-out text, some to calibrate θ on and some to evaluate on."""
-    wanted = [math.ceil(tokens / (cfg.context - 1)) for tokens in (cfg.calibration_tokens, cfg.eval_tokens)]
-    blocks = itertools.islice(contexts(cfg, tokenizer, "held-out"), math.ceil(sum(wanted) / cfg.model_batch))
-    ids = torch.cat([torch.empty(0, cfg.context, dtype=torch.int64), *(block for block, _ in blocks)])
+    """Token ids [n, T] of held-out text, some to calibrate θ on and some to evaluate on, alternately."""
+    n = math.ceil(cfg.eval_tokens / (cfg.context - 1))
+    ids = torch.from_numpy(pack(documents(cfg, "held-out"), tokenizer, 2 * n, cfg.context)[0])[: 2 * n]
     if len(ids) < 2:
         raise InputError(f"dataset {cfg.dataset!r} holds out fewer than 2 contexts of {cfg.context} tokens")
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    n = min(wanted[0], len(ids) * wanted[0] // sum(wanted)) or 1
-    return ids[:n], ids[n : sum(wanted)]
+    return ids[::2], ids[1::2]
 
 def shuffled_activations(lm, ids, model_batch):
     """The kept activations [m, D] of ids [n, T], float32, in a random order that is always the same."""
     x = torch.cat([lm.kept_activations(part) for part in ids.split(model_batch)]).float()
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)]
+    return x[torch.randperm(len(x), generator=generator_of(0)).to(x.device)]
 
 # ---- 9. Runs -------------------------------------------------
 
@@ -1042,7 +1040,7 @@ OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", 
        "decay", "aux_k", "aux_coef", "dead_tokens", "step", "encoder_dtype", "seed")
 
 def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.PathLike, resume: bool = False,
-               on_step: Callable[[int, list[StepStats]], None] | None = None) -> list[dict[str, Any]]:
+               on_step: Callable[[int, list[StepStats]], None] | None = None) -> list[dict]:
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
 
     An SAE leaves config.json, sae.safetensors and metrics.jsonl (100 records, 10 with held-out metrics) in
@@ -1050,9 +1048,8 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     resume=True continues from, on a CPU bit for bit. It is written every checkpoint_minutes, and when on_step
     raises KeyboardInterrupt or the data set fails.
 
-    Args:
-        configs: by name. They may differ in the fields of OWN; each batch size divides the largest.
-        on_step: called after each of the largest batches with the tokens seen and each SAE's last statistics.
+    Args: configs by name, which may differ in the fields of OWN; on_step, called after each of the largest
+        batches with the tokens seen and each SAE's last statistics.
     Returns: evaluate_run's results, with "dead" (share of latents at the end) and "step_seconds" added.
     Raises: InputError if they cannot share a stream; Unavailable for a folder in use, or nothing to resume.
     """
@@ -1063,7 +1060,7 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     between_steps, saved = True, time.monotonic()
 
     def save():
-        tensors = {"position": torch.tensor(at[:4]), "rest": at.rest}
+        tensors = {"position": torch.tensor(at)}
         for name, trainer in trainers.items():
             tensors |= {f"{name}/{key}": value for key, value in trainer.state_dict().items()}
         save_tensors(state, tensors)
@@ -1071,14 +1068,13 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     if state.is_file():
         with explained(f"{str(state)!r} is damaged, or of another configuration or version"):
             tensors = load_tensors(state)
-            at = Position(*tensors["position"].tolist(), rest=tensors["rest"])
+            at = Position(*tensors["position"].tolist())
             for name, trainer in trainers.items():
                 trainer.load_state_dict({key.removeprefix(f"{name}/"): t for key, t in tensors.items()
                                          if key.startswith(f"{name}/")})
                 tokens = trainer.tokens_seen
-    calibration, evaluation = held_out_contexts(first, lm.tokenizer)
-    held_out = shuffled_activations(lm, calibration, first.model_batch)
-    evaluation = evaluation, shuffled_activations(lm, evaluation, first.model_batch)
+    held_out = held_out_contexts(first, lm.tokenizer)
+    calibration, evaluation = (shuffled_activations(lm, ids, first.model_batch) for ids in held_out)
     for name, cfg in configs.items():
         write_atomically(folder / name / "config.json", cfg.to_json().encode())
         metrics = folder / name / "metrics.jsonl"
@@ -1096,7 +1092,7 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
                 for (name, trainer), stat in zip(trainers.items(), stats):
                     record = {"tokens": tokens, **stat._asdict()}
                     if tokens * 10 // first.tokens > before * 10 // first.tokens:
-                        record["held_out"] = to_json_values(evaluate(trainer.sae, [evaluation[1][:4096]]))
+                        record["held_out"] = to_json_values(evaluate(trainer.sae, [evaluation[:4096]]))
                     with open(folder / name / "metrics.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
             if on_step:
@@ -1111,9 +1107,9 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     save()  # what is trained is not lost if the rest is stopped
     results = []
     for name, trainer in trainers.items():
-        calibrate(trainer.sae, [held_out])
+        calibrate(trainer.sae, [calibration])
         trainer.sae.save(folder / name)
-        result = evaluate_run(trainer.sae, lm, folder / name, evaluation)
+        result = evaluate_run(trainer.sae, lm, folder / name, (held_out[1], evaluation))
         dead = float(trainer.sae.is_dead().float().mean())
         results.append({**result, "step_seconds": trainer.seconds, "dead": dead})
     state.unlink()
@@ -1143,7 +1139,7 @@ def check_run_folder(folder: Path, resume: bool = False):
 
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = None,
-             contexts: Tensor | None = None) -> dict[str, Any]:
+             contexts: Tensor | None = None) -> dict:
     """Metrics on held-out activations [n, D], for both selections. Changes nothing in the SAE.
 
     Returns {"tokens": how many, "batch": metrics, "theta": metrics}, the metrics being
@@ -1163,16 +1159,16 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         n, total, squares = n + len(x), total + exact.sum(0), squares + float(exact.square().sum())
         own_squares += float(((exact - exact.mean(1, keepdim=True)) / std).square().sum())
         for selection, found in parts.items():
-            x_hat, entries = reconstruct(sae, x, selection)
+            x_hat, row, latent = reconstruct(sae, x, selection)
             error = exact - x_hat
             found.append((error.square().sum(), (error / std).square().sum(),
-                          torch.bincount(entries.row, minlength=len(x)),
-                          torch.bincount(entries.latent, minlength=len(sae.b_enc))))
+                          torch.bincount(row, minlength=len(x)),
+                          torch.bincount(latent, minlength=len(sae.b_enc))))
     if n == 0:
         raise InputError("there is nothing to evaluate: the batches hold no activations")
     variance = squares - float(total.square().sum()) / n
     losses = splice_losses(sae, lm, contexts, (total / n).float()) if lm else {"batch": {}, "theta": {}}
-    result: dict[str, Any] = {"tokens": n}
+    result = {"tokens": n}
     for selection, found in parts.items():
         error, own_error, active, fired = zip(*found)
         active, density = torch.cat(active), sum(fired) / n
@@ -1186,10 +1182,10 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
     return result
 
 def reconstruct(sae, x, selection):
-    """SAE.forward of x [B, D] from the active entries alone, and these."""
-    entries = sae.active_entries(sae.as_rows(x), selection)
-    x_hat = sum_rows(sae.W_dec, entries.latent, entries.value, group_starts(entries.row, len(x)))
-    return sae.restore(x_hat + sae.b_dec, x), entries
+    """SAE.forward of x [B, D] from the active entries alone, and their rows and latents."""
+    row, latent, value = sae.active_entries(sae.as_rows(x), selection)
+    x_hat = sum_rows(sae.W_dec, latent, value, group_starts(row, len(x)))
+    return sae.restore(x_hat + sae.b_dec, x), row, latent
 
 @torch.no_grad()
 def splice_losses(sae, lm, contexts, mean):
@@ -1197,8 +1193,7 @@ def splice_losses(sae, lm, contexts, mean):
 
     The SAE reads a batch at a time, the model a few contexts: a batch's logits would take many gigabytes.
     """
-    names, n_tokens = ["clean", "zero", "mean", "batch", "theta", "kl batch", "kl theta"], 0
-    sums = dict.fromkeys(names, 0.0)
+    sums, n_tokens = dict.fromkeys(("clean", "zero", "mean", "batch", "theta"), torch.zeros(2)), 0
     few = max(1, (1 << 25) // (contexts.shape[1] * lm.model.get_output_embeddings().weight.shape[0]))
 
     def log_probabilities(ids, edit=None):
@@ -1206,34 +1201,32 @@ def splice_losses(sae, lm, contexts, mean):
 
     for ids in contexts.to(lm.device).split(max(1, sae.config.batch_size // contexts.shape[1])):
         x, stop = lm.kept_activations(ids).float(), 0
-        new = {"zero": torch.zeros_like(x), "mean": mean.to(x).expand_as(x)}
+        new = {"clean": x, "zero": torch.zeros_like(x), "mean": mean.to(x).expand_as(x)}
         new |= {selection: reconstruct(sae, x, selection)[0] for selection in ("batch", "theta")}
         for part in ids.split(few):
             start, stop = stop, stop + int(lm.is_kept(part).sum())
             targets, clean = part[:, 1:].flatten(), log_probabilities(part)
             n_tokens += len(targets)
-            sums["clean"] += float(functional.nll_loss(clean, targets, reduction="sum"))
             for name, rows in new.items():
-                spliced = log_probabilities(part, lambda h: rows[start:stop])
-                sums[name] += float(functional.nll_loss(spliced, targets, reduction="sum"))
-                if name in ("batch", "theta"):
-                    kl = functional.kl_div(spliced, clean, reduction="sum", log_target=True)
-                    sums[f"kl {name}"] += float(kl)
-    ce = {name: value / n_tokens for name, value in sums.items()}
-    harm = ce["zero"] - ce["clean"] or math.nan
-    return {s: {"ce_clean": ce["clean"], "ce_sae": ce[s], "ce_zero": ce["zero"], "ce_mean": ce["mean"],
-                "ce_degradation": ce[s] - ce["clean"], "kl": ce[f"kl {s}"],
-                "ce_recovered": (ce["zero"] - ce[s]) / harm} for s in ("batch", "theta")}
+                spliced = log_probabilities(part, lambda h: rows[start:stop]) if name != "clean" else clean
+                loss = functional.nll_loss(spliced, targets, reduction="sum")
+                kl = functional.kl_div(spliced, clean, reduction="sum", log_target=True)
+                sums[name] = sums[name] + torch.stack([loss, kl]).cpu()
+    means = {name: (both / n_tokens).tolist() for name, both in sums.items()}
+    (clean, _), (zero, _), (mean, _) = (means[name] for name in ("clean", "zero", "mean"))
+    return {name: {"ce_clean": clean, "ce_sae": ce, "ce_zero": zero, "ce_mean": mean, "kl": kl,
+                   "ce_degradation": ce - clean, "ce_recovered": (zero - ce) / (zero - clean or math.nan)}
+            for name, (ce, kl) in means.items() if name in ("batch", "theta")}
 
 def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike,
-                 held_out: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
+                 held_out: tuple[Tensor, Tensor] | None = None) -> dict:
     """JSON-ready: evaluate a run on held-out text of its data set, or on (token ids, activations)."""
     cfg, started = sae.config, time.perf_counter()
     if held_out is None:
         ids = held_out_contexts(cfg, lm.tokenizer)[1]
         held_out = ids, shuffled_activations(lm, ids, cfg.model_batch)
     ids, x = held_out
-    metrics = to_json_values(evaluate(sae, [x], lm, ids[: math.ceil(cfg.ce_tokens / cfg.context)]))
+    metrics = to_json_values(evaluate(sae, [x], lm, ids[: math.ceil(len(ids) / 4)]))
     theta = sae.threshold().detach() if cfg.activation == "jumprelu" else sae.theta
     return {"run": str(folder), "tokens": cfg.tokens, "seconds": round(time.perf_counter() - started, 2),
             "k": cfg.k, "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import batchtopk as bt  # noqa: E402
 
 # Small enough for seconds, otherwise the defaults of the tiny preset.
-SMALL = dict(n_latents=256, k=8, tokens=6_000, batch_size=256, text_shuffle=64, buffer_tokens=4096,
-             model_batch=8, calibration_tokens=4096, eval_tokens=4096, ce_tokens=1024, dead_tokens=2048,
+SMALL = dict(n_latents=256, k=8, tokens=6_000, batch_size=256, buffer_tokens=4096,
+             model_batch=8, eval_tokens=4096, dead_tokens=2048,
              device="cpu")
 
 @pytest.fixture(scope="session")

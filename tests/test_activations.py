@@ -157,9 +157,9 @@ def test_texts_that_cannot_be_used_are_named(tmp_path, lm, text, kind, said):
     if text is not None:
         (tmp_path / "a.jsonl").write_text(text)
     cfg = small(dataset=str(tmp_path / "a.jsonl"))
-    for split in ("train", "held-out"):
+    for read in (lambda: next(bt.contexts(cfg, lm.tokenizer)), lambda: bt.held_out_contexts(cfg, lm.tokenizer)):
         with pytest.raises(kind, match=said) as error:
-            next(bt.contexts(cfg, lm.tokenizer, split))
+            read()
         assert "a.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 def packed(texts, tokenizer, length):
@@ -169,38 +169,45 @@ def packed(texts, tokenizer, length):
 
 def test_contexts_are_the_documents_in_order_separated_by_the_begin_token_without_padding(tmp_path, lm):
     texts = lines(4000)
-    cfg = small(dataset=write_texts(tmp_path, texts), context=16, model_batch=4)
-    blocks = [block for block, _ in bt.contexts(cfg, lm.tokenizer, "held-out")]
-    assert all(b.shape == (4, 16) for b in blocks[:-1]) and 0 < len(blocks[-1]) <= 4
-    assert torch.equal(torch.cat(blocks), packed(texts[19::20], lm.tokenizer, 16))
+    cfg = small(dataset=write_texts(tmp_path, texts), context=16, eval_tokens=900)
+    calibration, evaluation = bt.held_out_contexts(cfg, lm.tokenizer)
+    assert len(calibration) == len(evaluation) == 60
+    together = torch.stack([calibration, evaluation], 1).view(-1, 16)
+    assert torch.equal(together, packed(texts[19::20], lm.tokenizer, 16)[:120]), "alternately"
 
 def test_training_contexts_are_shuffled_far_beyond_the_buffer_each_once(tmp_path, lm):
     """Bug here once: text in the order of its documents, of which a few fill the buffer, trained worse."""
     texts = lines(600)
-    cfg = small(dataset=write_texts(tmp_path, texts), context=16, model_batch=4, text_shuffle=40)
-    ordered = packed([t for i, t in enumerate(texts) if i % 20 != 19], lm.tokenizer, 16)[:80]
+    cfg = small(dataset=write_texts(tmp_path, texts), context=16, model_batch=4, tokens=16 * 80)
+    train = [t for i, t in enumerate(texts) if i % 20 != 19]
+    chunk, n_documents = bt.pack(iter(train), lm.tokenizer, 80, 16)  # whole documents, at least 80 contexts
+    ordered = packed(train[:n_documents], lm.tokenizer, 16)
+    assert torch.equal(torch.from_numpy(chunk), ordered) and 80 <= len(ordered) < 90
 
-    def first_80(seed):
-        shuffled = bt.contexts(dataclasses.replace(cfg, seed=seed), lm.tokenizer, "train")
-        return torch.cat([block for _, (block, _) in zip(range(20), shuffled)])
-    for part in (slice(0, 40), slice(40, 80)):
-        places = [ordered[part].tolist().index(context) for context in first_80(0)[part].tolist()]
-        assert sorted(places) == list(range(40)) and sum(abs(i - p) for i, p in enumerate(places)) > 300
-    assert not torch.equal(first_80(0), first_80(1)) and torch.equal(first_80(0), first_80(0))
+    def chunk(seed):
+        shuffled, blocks = bt.contexts(dataclasses.replace(cfg, seed=seed), lm.tokenizer), []
+        while sum(map(len, blocks)) < len(ordered):
+            blocks.append(next(shuffled)[0])
+        return torch.cat(blocks)
+    places = [ordered.tolist().index(context) for context in chunk(0).tolist()]
+    assert sorted(places) == list(range(len(ordered)))
+    assert sum(abs(i - p) for i, p in enumerate(places)) > 1000
+    assert not torch.equal(chunk(0), chunk(1)) and torch.equal(chunk(0), chunk(0))
 
-def test_contexts_continue_from_their_position_and_repeat_without_end(tmp_path, lm):
-    cfg = small(dataset=write_texts(tmp_path, lines(300)), context=16, model_batch=4, text_shuffle=40)
-    blocks, positions = zip(*(pair for _, pair in zip(range(150), bt.contexts(cfg, lm.tokenizer, "train"))))
+def test_contexts_continue_from_their_position_and_repeat_without_end(tmp_path, lm, monkeypatch):
+    monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
+    cfg = small(dataset=write_texts(tmp_path, lines(300)), context=16, model_batch=4)
+    blocks, positions = zip(*(pair for _, pair in zip(range(150), bt.contexts(cfg, lm.tokenizer))))
     assert positions[-1].documents > 2 * 285, "should have gone round more than twice"
-    for start in (0, 33, 49, 129):  # 10 blocks are shuffled together
-        again = bt.contexts(cfg, lm.tokenizer, "train", positions[start])
+    for start in (0, 33, 49, 129):  # 10 blocks or so are shuffled together
+        again = bt.contexts(cfg, lm.tokenizer, positions[start])
         assert all(torch.equal(block, next(again)[0]) for block in blocks[start + 1 : start + 15])
 
 def test_a_process_that_leaves_a_stream_open_ends_at_once_and_cleanly():
     """Bug here once: a thread was killed inside native code at exit, and the process aborted."""
-    code = ("import batchtopk as bt; cfg = bt.Config(d_model=1, n_latents=64, text_shuffle=256);"
+    code = ("import batchtopk as bt; cfg = bt.Config(d_model=1, n_latents=64);"
             "lm = bt.LanguageModel('tiny-gpt2', device='cpu');"
-            "stream = bt.contexts(cfg, lm.tokenizer, 'train'); next(stream); print('done')")
+            "stream = bt.contexts(cfg, lm.tokenizer); next(stream); print('done')")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(bt.__file__).parent, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
@@ -234,11 +241,12 @@ def test_the_shuffle_buffer_mixes_activations_and_loses_less_than_a_batch(tmp_pa
         assert all(x.max() - x.min() > 400 for x in batches) and (served.diff() == 1).float().mean() < 0.1
     assert len(fills) > 6
 
-def test_activations_continue_exactly_from_every_position(tmp_path, lm):
+def test_activations_continue_exactly_from_every_position(tmp_path, lm, monkeypatch):
+    monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
     cfg = small(dataset=write_texts(tmp_path, lines(300)), batch_size=64, buffer_tokens=200, context=16,
-                model_batch=4, text_shuffle=40)
+                model_batch=4)
     pairs = [p for _, p in zip(range(30), bt.activation_batches(cfg, CountingModel(lm.tokenizer)))]
-    assert pairs[-1][1].chunk > 3 and {at.batches for _, at in pairs} == {1, 2, 3}
+    assert pairs[-1][1].documents > 100 and {at.batches for _, at in pairs} == {1, 2, 3}
     for i, (_, at) in enumerate(pairs[:-2]):
         again = bt.activation_batches(cfg, CountingModel(lm.tokenizer), at)
         assert all(torch.equal(x[:, 1], next(again)[0][:, 1]) for x, _ in pairs[i + 1 : i + 3]), at
@@ -258,7 +266,7 @@ def data(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("data"), texts)
 
 def configs(data):
-    cfg = small(dataset=data, tokens=3000, calibration_tokens=600, eval_tokens=600, ce_tokens=256, context=32,
+    cfg = small(dataset=data, tokens=3000, eval_tokens=600, context=32,
                 buffer_tokens=1000, dead_tokens=512)
     return {"batch": cfg, "jump": dataclasses.replace(cfg, activation="jumprelu", batch_size=128, seed=1),
             "token": dataclasses.replace(cfg, activation="topk")}
@@ -342,8 +350,8 @@ def test_a_run_whose_data_set_fails_is_saved_and_continues_when_it_is_mended(lm,
     good = Path(write_texts(tmp_path, lines(3000))).read_text()
     bad = good.splitlines(keepends=True)
     bad[1500] = '{"text": "never clos\n'
-    cfg = dataclasses.replace(configs(str(path))["batch"], tokens=16_000, text_shuffle=16,
-                              calibration_tokens=200, eval_tokens=200)
+    monkeypatch.setattr(bt, "TEXT_SHUFFLE", 16)
+    cfg = dataclasses.replace(configs(str(path))["batch"], tokens=16_000, eval_tokens=200)
     bt.train_runs({"": cfg}, lm, tmp_path / "once")
     path.write_text("".join(bad))
     with pytest.raises(bt.Unavailable, match="a.jsonl.* could not be read"):
@@ -450,8 +458,8 @@ def test_tensors_of_two_devices_are_told_apart(accelerator):
     ("plain", "batchtopk"), ("sparse", "batchtopk"), ("sparse", "topk"), ("sparse", "jumprelu")])
 def test_a_run_keeps_to_its_device(lm, data, tmp_path, accelerator, step, activation):
     """None of this was ever run on a GPU. What it computes there is what it computes on the CPU."""
-    cfg = dataclasses.replace(configs(data)["batch"], tokens=600, calibration_tokens=200, eval_tokens=200,
-                              ce_tokens=64, step=step, activation=activation)
+    cfg = dataclasses.replace(configs(data)["batch"], tokens=600, eval_tokens=200,
+                              step=step, activation=activation)
     near = bt.train_runs({"": cfg}, lm, tmp_path / "near")[0]
     far = bt.LanguageModel("tiny-gpt2", 2, device=accelerator)
     assert far.is_kept(torch.ones(2, 3, dtype=torch.int64)).device == FAR

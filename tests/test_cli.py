@@ -170,10 +170,10 @@ def test_a_real_process_stops_at_ctrl_c_with_a_run_that_can_be_continued(tmp_pat
 
 
 def test_a_malformed_line_met_in_training_ends_in_one_line_and_the_run_is_saved(tmp_path):
-    """`datasets` reads 10 MB at a time: the padding puts the malformed line beyond what held-out text needs."""
-    rows = [json.dumps({"text": f"import module_{i}; " * 4, "pad": "x" * 5000}) for i in range(2200)]
+    """`datasets` reads 10 MB at a time: the padding puts the malformed line beyond the first chunk of text."""
+    rows = [json.dumps({"text": f"import module_{i}; " * 12, "pad": "x" * 5000}) for i in range(4200)]
     (tmp_path / "text.jsonl").write_text("\n".join(rows)[:-10])
-    settings = options(tokens=100_000, calibration_tokens=150, eval_tokens=150, dataset=tmp_path / "text.jsonl")
+    settings = options(tokens=100_000, eval_tokens=150, dataset=tmp_path / "text.jsonl")
     stderr = spawn("train", "--out", tmp_path, *settings).communicate(timeout=120)[1]
     said = f"256 latents.*\nerror: .*text.jsonl.*; continue with: .* --resume {tmp_path / 'tiny'}\n"
     assert re.fullmatch(said, stderr), stderr
@@ -193,7 +193,7 @@ def test_prose_wraps_at_words_in_a_terminal_and_stays_one_line_elsewhere():
         assert said.split() == ["resid_pre", "of", "block", "1"] * 9 and (said.count("\n") > 1) == terminal
 
 
-COMPARISON = ["compare", *options(without=["k"], tokens=2048, calibration_tokens=1024, eval_tokens=1024, ce_tokens=256)]
+COMPARISON = ["compare", *options(without=["k"], tokens=2048, eval_tokens=1024)]
 
 
 def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypatch):
