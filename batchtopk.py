@@ -29,7 +29,9 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sysconfig
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +81,7 @@ class Config:
     init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
     # Training
     tokens: int = option(1_000_000, "length of the run in tokens", min=1)
-    batch_size: int = option(1024, "B, tokens in a batch (paper: 4096)", min=1)
+    batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", min=1)
     lr: float = option(0.0, "peak learning rate; 0 means min(5e-3, 3e-3 · (1e6 / tokens)^0.3) (paper: 3e-4)")
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", max=1)
     beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", max=1)
@@ -89,9 +91,10 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", min=1)
     step: str = option("sparse", "fast, or plain autograd; the same results", "sparse", "plain")
-    encoder_dtype: str = option("auto", "the search's precision; auto: bfloat16 where hardware has it", *DTYPES)
+    encoder_dtype: str = option("auto", "the search's precision; auto: bfloat16 if hardware has it", *DTYPES)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
-    seed: int = option(0, "seed of weights and shuffling")
+    checkpoint_tokens: int = option(0, "tokens between saved states, beside the time; 0 means any number")
+    seed: int = option(0, "seed of weights and shuffling", max=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
     # Activations
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
@@ -114,6 +117,8 @@ class Config:
             name, value, rules = field.name, getattr(self, field.name), field.metadata
             if rules["choices"] and value not in rules["choices"]:
                 raise InputError(f"{name} is {value!r}; choose one of: {', '.join(rules['choices'])}")
+            if field.type in ("str", "bool") and type(value).__name__ != field.type:
+                raise InputError(f"{name} is {value!r}; give a {field.type}")
             if field.type in ("int", "float"):
                 whole, low, high = field.type == "int", rules["min"], rules["max"]
                 number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
@@ -125,7 +130,7 @@ class Config:
             (self.k <= self.n_latents, f"k is {self.k:g}, more than the {self.n_latents} latents"),
             (self.k * self.batch_size >= 1, f"k = {self.k:g} keeps no entry of a batch of {self.batch_size}"),
             (self.activation != "topk" or self.k % 1 == 0, f"k is {self.k}; topk takes a whole number"),
-            (max(self.beta1, self.beta2) < 1, "beta1 and beta2 must be below 1"),
+            (self.beta1**2 < self.beta2 < 1, "beta2 must lie between beta1² and 1, or steps have no bound"),
             (self.warmup + self.decay <= 1, "warmup and decay together must be at most 1")]:
             if not fine:
                 raise InputError(message)
@@ -150,9 +155,15 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Config:
-        with explained("config.json was not written by this version of batchtopk"):
-            return cls(**json.loads(text))
+    def load(cls, folder: str | os.PathLike) -> Config:
+        """The configuration of a run. Unavailable if there is none, InputError if it is damaged or older."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise Unavailable(f"{str(folder)!r} holds no run")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except Exception as error:
+            raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
 PAPER = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
 PRESETS = {
@@ -170,7 +181,8 @@ def resolve_device(name: str) -> torch.device:
     """The device a Config asks for. Unavailable if this machine does not have it."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     with explained(f"device {name!r} is not available here; use --device cpu, or auto", Unavailable):
-        return torch.empty(0, device=auto if name == "auto" else name).device
+        device = torch.empty(0, device=auto if name == "auto" else name).device
+        return {"cpu": device, "cuda": device}[device.type]
 
 # ---- 2. Selection: what BatchTopK keeps ----------------------
 
@@ -310,39 +322,58 @@ class SAE(nn.Module):
 
     def save(self, folder: str | os.PathLike):
         """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
-        save_tensors(Path(folder) / "sae.safetensors", self.state_dict())
-        write_atomically(Path(folder) / "config.json", self.config.to_json().encode())
+        config = self.config.to_json()
+        save_tensors(Path(folder) / "sae.safetensors", self.state_dict(), config)
+        write_atomically(Path(folder) / "config.json", config.encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: str = "cpu") -> SAE:
-        """Read what save wrote. Unavailable if there is nothing, InputError if it is something else."""
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() or not (folder / "sae.safetensors").is_file():
-            raise Unavailable(f"{str(folder)!r} is not a run that `train` finished")
-        sae = cls(Config.from_json((folder / "config.json").read_text(encoding="utf-8")))
-        with explained(f"{str(folder / 'sae.safetensors')!r} is damaged, or does not match its config.json"):
-            sae.load_state_dict(load_tensors(folder / "sae.safetensors"))
+        """Read what save wrote. Unavailable if there is nothing, InputError if it is damaged."""
+        config, path = Config.load(folder), Path(folder) / "sae.safetensors"
+        if not path.is_file():
+            raise Unavailable(f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`")
+        tensors = load_tensors(path, config.to_json())
+        sae = cls(config)
+        sae.load_state_dict(tensors)
         return sae.to(device)
 
 def write_atomically(path, data):
-    """Readers see the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
-def save_tensors(path, tensors):
-    """Write a safetensors file, atomically."""
+def save_tensors(path, tensors, config):
+    """Write a safetensors file with a checksum of the tensors and of the configuration's text."""
     from safetensors.torch import save
-    write_atomically(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, save(tensors, {"sha256": checksum(tensors, config)}))
 
-def load_tensors(path):
-    """Read a safetensors file."""
-    from safetensors.torch import load_file
-    return load_file(path)
+def load_tensors(path, config):
+    """Read such a file. InputError if anything in it, or its configuration, was changed."""
+    from safetensors import safe_open
+    with explained(f"{str(path)!r} is damaged, or does not belong to its config.json"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if file.metadata()["sha256"] != checksum(tensors, config):
+                raise ValueError("checksum")
+    return tensors
+
+def checksum(tensors, config):
+    digest = hashlib.sha256(config.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # ---- 4. Loss -------------------------------------------------
 
@@ -472,13 +503,9 @@ def plain_step(trainer: Trainer, x: Tensor, lr: float):
     trainer.check_finite(mse.item())
     gradients = torch.autograd.grad(total, list(sae.parameters()), allow_unused=True)
     gradient = {name: g for (name, _), g in zip(sae.named_parameters(), gradients) if g is not None}
-    with torch.no_grad():
-        W, g = sae.W_dec, gradient["W_dec"]
-        rows = g.any(1).nonzero().squeeze(1)  # the latents that got a gradient; the others stay as they are
-        g -= (g * W).sum(1, keepdim=True) * W  # no growth along a row: it would be undone below
-        trainer.adam_({name: gradient.pop(name)[rows] for name in ("W_enc", "W_dec", "b_enc")}, lr, rows)
-        trainer.adam_(gradient, lr)
-        W[rows] = functional.normalize(W[rows], dim=1)  # after Adam, so that saved rows have norm 1
+    silent = ~gradient["W_dec"].any(1, keepdim=True)  # latents that got no gradient
+    trainer.update_({name: gradient.pop(name) for name in ("W_enc", "W_dec", "b_enc")}, lr, silent=silent)
+    trainer.update_(gradient, lr)
     return mse.item(), aux.item(), f.nonzero()[:, 1], f.detach()[f > 0]
 
 class StepStats(NamedTuple):
@@ -522,6 +549,8 @@ class Trainer:
         x = self.sae.as_rows(x.to(self.device))
         variance = float((x - x.mean(0)).square().sum(1).mean())
         self.check_finite(variance)
+        if len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean()):
+            raise InputError("all activations are equal: there is nothing to learn")
         if self.cfg.init == "data":
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0
@@ -561,29 +590,37 @@ class Trainer:
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)
         return cfg.peak_lr * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
-    def adam_(self, gradient: dict[str, Tensor], lr: float, rows: Tensor | None = None):
-        """Adam, in place, on whole parameters or on some `rows` of them, given their gradients.
+    @torch.no_grad()
+    def update_(self, gradient: dict[str, Tensor], lr: float, rows=slice(None), silent: Tensor | None = None):
+        """One step of Adam on parameters, or some rows of them (a slice or indices), given their gradients.
 
-        A latent's rows move only in steps in which they got a gradient, and count only these ("lazy", as in
-        torch.optim.SparseAdam): dense Adam shrinks a rare latent's moments to nothing between its firings, so
-        that its step is all noise when it fires.
+        A latent that is `silent` [rows, 1], without a gradient, stays as it is, and its moments count only
+        the steps in which it had one ("lazy", as in torch.optim.SparseAdam): dense Adam shrinks a rare
+        latent's moments to nothing between its firings, so that its step is all noise when it fires.
         """
-        n = torch.full((1, 1), self.steps + 1.0, device=self.device)  # gradients so far, with this one
-        if rows is not None:
-            n = self.moments["updates"].index_select(0, rows).add_(1)[:, None]
-            self.moments["updates"].index_copy_(0, rows, n[:, 0])
+        view = isinstance(rows, slice)
+        if silent is None:  # parameters that all latents share
+            n, silent = torch.full((1, 1), self.steps + 1.0, device=self.device), False
+        else:
+            n = self.moments["updates"][rows, None] + ~silent  # gradients so far, with this one
+            self.moments["updates"][rows] = n[:, 0]
+        stay = torch.zeros_like(n).masked_fill_(torch.as_tensor(silent, device=n.device), math.inf)
+        rates = [running_rate(1 - beta, n).where(stay == 0, 0.0) for beta in (self.cfg.beta1, self.cfg.beta2)]
         for name, g in gradient.items():
             unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
-            at = torch.arange(len(g), device=self.device) if rows is None else rows
-            stored = getattr(self.sae, name).data, self.moments[f"{name}.mean"], self.moments[f"{name}.square"]
-            g, *stored = (t[:, None] if t.ndim == 1 else t for t in (g, *stored))
-            parameter, mean, square = new = [tensor.index_select(0, at) for tensor in stored]
-            mean.lerp_(g, running_rate(1 - self.cfg.beta1, n))
-            square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n))
             speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
-            parameter.addcdiv_(mean, square.sqrt().add_(1e-8 * unit / self.scale**2), value=-speed)
-            for old, tensor in zip(stored, new):
-                old.index_copy_(0, at, tensor)
+            moments = (self.moments[f"{name}.{m}"] for m in ("mean", "square"))
+            g, *stored = (t[:, None] if t.ndim == 1 else t for t in (g, getattr(self.sae, name).data, *moments))
+            W, mean, square = new = [t[rows] if view else t.index_select(0, rows) for t in stored]
+            if name == "W_dec":
+                g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # no growth along a row
+            mean.lerp_(g, rates[0])
+            square.lerp_(g * g, rates[1])
+            W.addcdiv_(mean, square.sqrt().add_(stay + 1e-8 * unit / self.scale**2), value=-speed)
+            if name == "W_dec":
+                W.div_(W.norm(dim=1, keepdim=True).where(stay == 0, 1.0))  # saved rows have norm 1
+            for old, tensor in zip(stored, new) if not view else ():
+                old.index_copy_(0, rows, tensor)
 
     def penalty(self) -> tuple[float, float] | None:
         """JumpReLU's λ and ε in units of the inputs; None while it still selects as BatchTopK does."""
@@ -644,7 +681,7 @@ def repeat(batches):
 # Only the encoder product has to be dense. All else touches the N kept entries, about a thousandth of B·F.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
-UPDATE_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 40}  # entries of a weight matrix updated at a time
+UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 40}  # entries of a weight matrix updated at a time
 HINT = 0.95  # the search starts at this share of the last step's smallest kept entry
 
 @torch.no_grad()
@@ -758,12 +795,16 @@ def sparse_step(trainer, x, lr):
         d_b_enc.index_add_(0, dead, d_aux[1])
         d_b_dec += d_aux[3]
         touched[dead] |= d_aux[2].any(1)
-    trainer.adam_(gradient, lr)
+    trainer.update_(gradient, lr)
     # Weight gradients, for each latent a sum of rows, and the update, while a few of them are in the cache
-    rows = touched.nonzero().squeeze(1)
-    for rows in rows.split(UPDATE_ENTRIES[x.device.type] // cfg.d_model + 1) if len(rows) else ():
+    size, rows = UPDATE_ENTRIES[x.device.type] // cfg.d_model + 1, touched.nonzero().squeeze(1)
+    for rows in rows.split(size) if len(rows) else ():
+        first, last = int(rows[0]), int(rows[-1])
+        place = rows
+        if 2 * len(rows) > last - first:  # a block with most rows touched is faster updated in place
+            place, rows = slice(first, last + 1), torch.arange(first, last + 1, device=x.device)
         groups = starts[torch.cat([rows, rows[-1:] + 1])]
-        mine = slice(*groups[:: len(rows)].tolist())  # on a GPU the host waits here
+        mine = slice(int(groups[0]), int(groups[-1]))
         groups -= mine.start
         d_W_dec = sum_rows(g, row[mine], value[mine], groups)  # fᵀ g
         d_W_enc = sum_rows(centred, row[mine], d_value[mine], groups)  # (∂mse/∂f)ᵀ (X - b_dec)
@@ -772,11 +813,8 @@ def sparse_step(trainer, x, lr):
             at = torch.searchsorted(rows, dead[here])
             d_W_enc.index_add_(0, at, d_aux[0][here])
             d_W_dec.index_add_(0, at, d_aux[2][here])
-        W = sae.W_dec.index_select(0, rows)
-        d_W_dec.addcmul_(W, (d_W_dec * W).sum(1, keepdim=True), value=-1)
-        trainer.adam_({"W_enc": d_W_enc, "W_dec": d_W_dec, "b_enc": d_b_enc[rows]}, lr, rows)
-        W = sae.W_dec.index_select(0, rows)
-        sae.W_dec.index_copy_(0, rows, W.div_(W.norm(dim=1, keepdim=True)))
+        gradient = {"W_enc": d_W_enc, "W_dec": d_W_dec, "b_enc": d_b_enc[rows]}
+        trainer.update_(gradient, lr, place, ~touched[rows, None])
     return mse, aux, active, value[value > 0]
 
 def group_starts(groups, n):
@@ -821,6 +859,9 @@ class LanguageModel:
         auto = self.device.type == "cuda" and multiplies_bfloat16(self.device)
         half = dtype == "bfloat16" or dtype == "auto" and auto
         self.model, self.tokenizer = load_model(model, torch.bfloat16 if half else torch.float32)
+        n_tokens, n_rows = len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]
+        if not 1 < n_tokens <= n_rows:
+            raise InputError(f"the tokenizer of {model!r} has {n_tokens} tokens, its embedding {n_rows}")
         self.model.to(self.device).eval().requires_grad_(False)
         special = [i for i in self.tokenizer.all_special_ids if i is not None]
         self.special = torch.tensor(special, dtype=torch.int64, device=self.device)
@@ -829,8 +870,12 @@ class LanguageModel:
 
     @classmethod
     def from_config(cls, cfg: Config) -> LanguageModel:
-        return cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
-                   skip_special=cfg.skip_special)
+        lm = cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
+                 skip_special=cfg.skip_special)
+        longest = getattr(lm.model.config, "max_position_embeddings", cfg.context)
+        if cfg.context > longest:
+            raise InputError(f"context is {cfg.context}; the model reads at most {longest} tokens")
+        return lm
 
     def is_kept(self, ids: Tensor) -> Tensor:
         """Which positions of ids [n, T] the SAE reads: bool [n, T], by default not first nor special ones."""
@@ -847,8 +892,9 @@ class LanguageModel:
         try:
             self.run(ids, take)
         except SiteReached as reached:
-            return reached.args[0]
-        raise InputError("the module at this site is not run in a forward pass; choose another")
+            if isinstance(h := reached.args[0], Tensor) and h.shape[:2] == ids.shape and h.ndim == 3:
+                return h
+        raise InputError("the module at this site returns no tensor [n, T, D]; choose another")
 
     def kept_activations(self, ids: Tensor) -> Tensor:
         """Activations [m, D] at the positions of ids [n, T] that the SAE reads."""
@@ -946,23 +992,24 @@ def dataset_texts(cfg):
             if "script" not in str(error):
                 raise
             rows = load_dataset(*arguments, split="train", streaming=True, revision="refs/convert/parquet")
-        for row in rows:
+        for i, row in enumerate(rows):
             if not isinstance(text := row.get(cfg.text_column), str):
-                raise InputError(f"text_column is {cfg.text_column!r}; {cfg.dataset!r} has: {', '.join(row)}")
+                raise InputError(f"row {i} of {cfg.dataset!r} has no text in column {cfg.text_column!r}; its "
+                                 f"columns are: {', '.join(row)}")
             yield text
 
 def pack(texts, tokenizer, n, length):
     """The next documents, packed: token ids [n or more, length], fewer where they end; how many documents.
 
-    Each document follows the tokenizer's begin token. Nothing is padded; what is left over is dropped.
+    Each document follows the tokenizer's begin token, if any. Nothing is padded; a rest is dropped.
     """
     import numpy  # torch.cat in a second thread starts a second pool of threads, which halved training speed
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
     rows, n_documents, n_tokens = [], 0, 0
     while n_tokens < n * length and (group := list(itertools.islice(texts, 16))):
         found = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
-        rows += [numpy.array([begin, *row]) for row in found]
-        n_documents, n_tokens = n_documents + len(group), n_tokens + sum(map(len, found)) + len(found)
+        rows += [numpy.array([*begin, *row], dtype=numpy.int64) for row in found]
+        n_documents, n_tokens = n_documents + len(group), n_tokens + sum(map(len, rows[-len(group):]))
     ids = numpy.concatenate([numpy.empty(0, dtype=numpy.int64), *rows])
     return ids[: n_tokens // length * length].reshape(-1, length), n_documents
 
@@ -980,20 +1027,24 @@ def contexts(cfg, tokenizer, at=Position()):
     It is shuffled TEXT_SHUFFLE contexts at a time, because a few long documents could fill the buffer of
     activations. The next such chunk is tokenised in a background thread.
     """
-    passes = (documents(cfg, "train") for _ in itertools.count())
+    passes, left = (documents(cfg, "train") for _ in itertools.count()), threading.Event()
     texts = itertools.islice(itertools.chain.from_iterable(passes), at.documents, None)
+    texts = itertools.takewhile(lambda text: not left.is_set(), texts)
     with ThreadPoolExecutor(1) as thread:
         n = min(TEXT_SHUFFLE, -(-cfg.tokens // cfg.context))
         tokenise = functools.partial(thread.submit, pack, texts, tokenizer, n, cfg.context)
         ahead = tokenise()
-        while True:
-            (chunk, n_documents), ahead = ahead.result(), tokenise()
-            order = torch.randperm(len(chunk), generator=generator_of(cfg.seed, at.documents))
-            chunk = torch.from_numpy(chunk)[order]
-            for used in range(at.contexts, len(chunk), cfg.model_batch):
-                block = chunk[used : used + cfg.model_batch]
-                yield block, at._replace(contexts=used + len(block), batches=0)
-            at = Position(at.documents + n_documents)
+        try:
+            while True:
+                (chunk, n_documents), ahead = ahead.result(), tokenise()
+                order = torch.randperm(len(chunk), generator=generator_of(cfg.seed, at.documents))
+                chunk = torch.from_numpy(chunk)[order]
+                for used in range(at.contexts, len(chunk), cfg.model_batch):
+                    block = chunk[used : used + cfg.model_batch]
+                    yield block, at._replace(contexts=used + len(block), batches=0)
+                at = Position(at.documents + n_documents)
+        finally:
+            left.set()  # else the thread would finish its chunk before a process can end
 
 def generator_of(*numbers):
     """A random generator whose seed depends on all these whole numbers."""
@@ -1043,43 +1094,62 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
                on_step: Callable[[int, list[StepStats]], None] | None = None) -> list[dict]:
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
 
-    An SAE leaves config.json, sae.safetensors and metrics.jsonl (100 records, 10 with held-out metrics) in
-    folder/name; the name "" means `folder` itself. Until all is done folder/state.safetensors holds what
-    resume=True continues from, on a CPU bit for bit. It is written every checkpoint_minutes, and when on_step
-    raises KeyboardInterrupt or the data set fails.
+    An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
+    evaluation.json in folder/name; the name "" means `folder` itself. Until all is done
+    folder/state.safetensors holds what resume=True continues from, on a CPU bit for bit. It is written at
+    every checkpoint, and when on_step raises KeyboardInterrupt or the data set fails.
 
     Args: configs by name, which may differ in the fields of OWN; on_step, called after each of the largest
         batches with the tokens seen and each SAE's last statistics.
     Returns: evaluate_run's results, with "dead" (share of latents at the end) and "step_seconds" added.
-    Raises: InputError if they cannot share a stream; Unavailable for a folder in use, or nothing to resume.
+    Raises: InputError if they cannot share a stream or memory; Unavailable for a folder in use, or nothing to
+        resume; OSError for a file that cannot be written.
     """
     folder, first, largest = Path(folder), next(iter(configs.values())), check_shared(configs)
     check_run_folder(folder, resume)
-    trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
-    state, at, tokens = folder / "state.safetensors", Position(), 0
-    between_steps, saved = True, time.monotonic()
+    with locked(folder):
+        check_room(configs, folder)
+        for leftover in folder.glob("**/*.safetensors.tmp"):
+            leftover.unlink()
+        trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
+        held_out = held_out_contexts(first, lm.tokenizer)
+        calibration, evaluation = (shuffled_activations(lm, ids, first.model_batch) for ids in held_out)
+        if not len(calibration) or not len(evaluation):
+            raise InputError("no held-out token is read: all are special, or first in their context")
+        train_trainers(trainers, largest, lm, folder, evaluation[:4096], on_step)
+        results = []
+        for name, trainer in trainers.items():
+            calibrate(trainer.sae, [calibration])
+            trainer.sae.save(folder / name)
+            result = evaluate_run(trainer.sae, lm, folder / name, (held_out[1], evaluation))
+            dead = float(trainer.sae.is_dead().float().mean())
+            results.append({**result, "step_seconds": trainer.seconds, "dead": dead})
+            write_atomically(folder / name / "evaluation.json", json.dumps(results[-1]).encode())
+        (folder / "state.safetensors").unlink()
+    return results
+
+def train_trainers(trainers, largest, lm, folder, probe, on_step):
+    """The training of train_runs, from its start or its last saved state, which it leaves at the end too."""
+    first = next(iter(trainers.values())).cfg
+    state, texts = folder / "state.safetensors", {name: t.cfg.to_json() for name, t in trainers.items()}
+    at, tokens, between_steps, saved = Position(), 0, True, (time.monotonic(), 0)
 
     def save():
         tensors = {"position": torch.tensor(at)}
         for name, trainer in trainers.items():
             tensors |= {f"{name}/{key}": value for key, value in trainer.state_dict().items()}
-        save_tensors(state, tensors)
+        save_tensors(state, tensors, json.dumps(texts))
 
     if state.is_file():
-        with explained(f"{str(state)!r} is damaged, or of another configuration or version"):
-            tensors = load_tensors(state)
-            at = Position(*tensors["position"].tolist())
-            for name, trainer in trainers.items():
-                trainer.load_state_dict({key.removeprefix(f"{name}/"): t for key, t in tensors.items()
-                                         if key.startswith(f"{name}/")})
-                tokens = trainer.tokens_seen
-    held_out = held_out_contexts(first, lm.tokenizer)
-    calibration, evaluation = (shuffled_activations(lm, ids, first.model_batch) for ids in held_out)
-    for name, cfg in configs.items():
-        write_atomically(folder / name / "config.json", cfg.to_json().encode())
-        metrics = folder / name / "metrics.jsonl"
-        records = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        write_atomically(metrics, "".join(r for r in records if json.loads(r)["tokens"] <= tokens).encode())
+        tensors = load_tensors(state, json.dumps(texts))
+        at = Position(*tensors["position"].tolist())
+        for name, trainer in trainers.items():
+            trainer.load_state_dict({key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()
+                                     if key.startswith(f"{name}/")})
+            tokens = trainer.tokens_seen
+    records = {name: read_records(folder / name / "metrics.jsonl", tokens) for name in trainers}
+    for name, text in texts.items():
+        write_atomically(folder / name / "config.json", text.encode())
     batches = activation_batches(dataclasses.replace(largest, seed=first.seed), lm, at)
     try:
         while tokens < first.tokens:
@@ -1090,30 +1160,35 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
             before, tokens, at, between_steps = tokens, tokens + len(x), after, True
             if tokens * 100 // first.tokens > before * 100 // first.tokens:
                 for (name, trainer), stat in zip(trainers.items(), stats):
-                    record = {"tokens": tokens, **stat._asdict()}
+                    records[name].append({"tokens": tokens, **to_json_values(stat._asdict())})
                     if tokens * 10 // first.tokens > before * 10 // first.tokens:
-                        record["held_out"] = to_json_values(evaluate(trainer.sae, [evaluation[:4096]]))
-                    with open(folder / name / "metrics.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
+                        records[name][-1]["held_out"] = to_json_values(evaluate(trainer.sae, [probe]))
+                    lines = "".join(json.dumps(record) + "\n" for record in records[name])
+                    write_atomically(folder / name / "metrics.jsonl", lines.encode())
             if on_step:
                 on_step(tokens, stats)
-            if time.monotonic() - saved > 60 * first.checkpoint_minutes:
-                save()
-                saved = time.monotonic()
+            minutes = (time.monotonic() - saved[0]) / 60
+            if minutes > first.checkpoint_minutes or 0 < first.checkpoint_tokens <= tokens - saved[1]:
+                saved = time.monotonic(), tokens
+                try:
+                    save()
+                except OSError as error:
+                    warnings.warn(f"{error}; training goes on without this saved state")
     except (KeyboardInterrupt, InputError, Unavailable):
         if between_steps:  # otherwise the state is not consistent, and the last one saved stands
             save()
         raise
+    finally:
+        batches.close()
     save()  # what is trained is not lost if the rest is stopped
-    results = []
-    for name, trainer in trainers.items():
-        calibrate(trainer.sae, [calibration])
-        trainer.sae.save(folder / name)
-        result = evaluate_run(trainer.sae, lm, folder / name, (held_out[1], evaluation))
-        dead = float(trainer.sae.is_dead().float().mean())
-        results.append({**result, "step_seconds": trainer.seconds, "dead": dead})
-    state.unlink()
-    return results
+
+def read_records(path, tokens):
+    """The records of metrics.jsonl up to a number of tokens; what is not a record is left out."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            records += [record] if (record := json.loads(line))["tokens"] <= tokens else []
+    return records
 
 def check_shared(configs: dict[str, Config]) -> Config:
     """The configuration of the largest batch. InputError if they cannot share one stream of activations."""
@@ -1129,11 +1204,37 @@ def check_run_folder(folder: Path, resume: bool = False):
     """Unavailable if a new run's folder is in use, or a resumed one holds nothing to resume."""
     if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Unavailable(f"run {str(folder)!r} exists; choose another name, or continue it with --resume")
-    if resume and not (folder / "state.safetensors").is_file():
-        if (folder / "sae.safetensors").is_file():
-            raise Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
-        if not any(folder.glob("**/config.json")):  # one killed before its first saved state begins again
-            raise Unavailable(f"{str(folder)!r} holds no run; give the folder of an interrupted one")
+    if resume and not any(folder.glob("**/config.json")):
+        raise Unavailable(f"{str(folder)!r} holds no run; give the folder of an interrupted one")
+    if resume and any(folder.glob("**/evaluation.json")) and not (folder / "state.safetensors").is_file():
+        raise Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Make a folder and hold it for this process alone, as long as it lives."""
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Unavailable(f"another process is writing to {str(folder)!r}") from None
+        yield
+    finally:
+        os.close(file)
+
+def check_room(configs, folder):
+    """InputError if memory cannot hold weights, moments and activations, or the disk two saved states."""
+    cfg = next(iter(configs.values()))
+    state = sum(24 * c.n_latents * c.d_model for c in configs.values())  # 2 matrices of 3 tensors in float32
+    memory = state + 4 * cfg.d_model * (cfg.buffer_tokens + 2 * cfg.eval_tokens)
+    device, free = resolve_device(cfg.device), shutil.disk_usage(folder).free
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    has = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else pages
+    for what, wanted, there in (("memory", memory, has), ("disk", 2 * state, free)):
+        if wanted > there:
+            raise InputError(f"the run wants {wanted / 1e9:.1f} GB of {what}; there are {there / 1e9:.1f}")
 
 # ---- 10. Evaluation ------------------------------------------
 
@@ -1232,8 +1333,9 @@ def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike,
             "k": cfg.k, "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}
 
 def to_json_values(metrics):
-    """Metrics without their tensors (the densities of single latents)."""
-    return {name: to_json_values(value) if isinstance(value, dict) else value
+    """Metrics without tensors (the densities of single latents), and None for what is no finite number."""
+    return {name: to_json_values(value) if isinstance(value, dict) else
+            None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items() if not isinstance(value, Tensor)}
 
 # ---- 11. Export ----------------------------------------------

@@ -153,8 +153,9 @@ def train(
     if resume is not None:
         if given or name is not None or expansion is not None:
             raise bt.InputError("--resume continues a run as it was configured; leave out other options")
-        bt.check_run_folder(folder := resume, resume=True)
-        cfg = bt.Config.from_json((folder / "config.json").read_text())
+        cfg, folder = bt.Config.load(resume), resume
+        if finished([folder]):
+            return show_metrics(read_evaluation(folder), as_json)
     else:
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
             raise bt.InputError(f"name is {name!r}; give the name of one folder (--out says where it is)")
@@ -173,20 +174,21 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
                    expansion: float | None = None) -> list[Record]:
     """Load the language model and train SAEs on it; the command `again` continues that.
 
-    Ctrl-C asks for a stop between two steps, so that the saved state is whole. A second one stops at once.
+    Ctrl-C or SIGTERM ends training after a step, so that the saved state is whole; a second one ends it at once.
     """
-    cfg, state, interrupted = next(iter(configs.values())), folder / "state.safetensors", False
-    device = bt.resolve_device(cfg.device)
+    cfg, stopped = next(iter(configs.values())), 0
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
                         console=err, transient=True, disable=not err.is_terminal)
     progress.add_task("loading the model and text", total=None)
     [task] = progress.tasks
 
-    def interrupt(*signal_and_frame: Any) -> None:
-        nonlocal interrupted
-        if interrupted or task.total is None or task.finished:
-            raise SystemExit(130)
-        interrupted = True
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopped
+        if stopped or task.total is None or task.finished:
+            os.write(2, f"stopped; continue with: {again}\n".encode() if task.total else b"stopped\n")
+            raise SystemExit(128 + number)
+        stopped = number
+        os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
     def on_step(tokens: int, stats: list[bt.StepStats]) -> None:
         begins = task.total is None
@@ -196,11 +198,11 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
         if begins:
             what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g}"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
-            tell(f"{what}, on {site} of {cfg.model}; {cfg.tokens:,} tokens on {device}", err)
-        if interrupted:
+            tell(f"{what}, on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}", err)
+        if stopped:
             raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with progress:
             lm = bt.LanguageModel.from_config(cfg)
@@ -210,20 +212,38 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
             begun = any(folder.glob("**/config.json"))
             return bt.train_runs(configs, lm, folder, resume=begun, on_step=on_step)
     except KeyboardInterrupt:
-        say(f"stopped and saved; continue with: {again}")
-        raise typer.Exit(130) from None
-    except (bt.InputError, bt.Unavailable) as error:
-        if state.is_file():
+        say(f"saved; continue with: {again}")
+        raise typer.Exit(128 + stopped) from None
+    except (bt.InputError, bt.Unavailable, OSError) as error:
+        if (folder / "state.safetensors").is_file():
             error.add_note(f"the run is saved; continue with: {again}")
         raise
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing came of it
+
+
+def finished(runs: list[Path]) -> bool:
+    """Whether runs of one stream are trained and evaluated."""
+    state = any((folder / "state.safetensors").is_file() for run in runs for folder in (run, run.parent))
+    return not state and all((run / "evaluation.json").is_file() for run in runs)
+
+
+def read_evaluation(run: Path) -> Record:
+    """What train_runs found of a run."""
+    path = run / "evaluation.json"
+    with bt.explained(f"{str(path)!r} is damaged; `eval` measures the run again"):
+        return json.loads(path.read_text())
 
 
 def free_folder(parent: Path, name: str) -> Path:
-    """parent/name, or the first of parent/name-2, name-3 … that does not exist."""
-    folders = (parent / (f"{name}-{i}" if i > 1 else name) for i in numbers_from(1))
-    return next(folder for folder in folders if not folder.exists())
+    """Make parent/name, or the first of parent/name-2, name-3 … that does not exist."""
+    for i in numbers_from(1):
+        with contextlib.suppress(FileExistsError):
+            (folder := parent / (f"{name}-{i}" if i > 1 else name)).mkdir(parents=True)
+            return folder
 
 
 @app.command("eval", epilog="Example: python cli.py eval runs/tiny --json")
@@ -261,7 +281,8 @@ def show_metrics(result: Record, as_json: bool) -> None:
     tell("{run}: {tokens:,} tokens of training, {eval_tokens:,} held out".format(**result))
     table = Table("metric", "batch", f"θ = {result['theta_value']:.4g}", "meaning")
     for name, meaning in MEANINGS.items():
-        table.add_row(name, *(f"{result[selection][name]:9.4f}" for selection in ("batch", "theta")), meaning)
+        both = (result[selection][name] for selection in ("batch", "theta"))
+        table.add_row(name, *("no number" if x is None else f"{x:9.4f}" for x in both), meaning)
     out.print(table)
     histogram = result["theta"]["l0_histogram"]
     low, middle, high = l0_quantiles(histogram)
@@ -435,7 +456,7 @@ STUDIES = {  # what `compare --study` varies, unless an option says otherwise; v
     "batch": {"activation": "batchtopk", "batch_size": "64,256,1024,4096,8192"},
     "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
     "recipe": {"activation": "batchtopk", "recipe": "ours,paper"},
-    "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=512,batch_size=2048"
+    "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=256,batch_size=1024"
                  ",beta1=0.9,beta1=0,beta2=0.99,warmup=0.1,decay=0,decay=0.6,init=authors,normalize=token"
                  ",aux_coef=0,dead_tokens=100000"},
 }
@@ -474,12 +495,13 @@ def compare(
     groups = {tuple(map(setting.get, names)): results[i * seeds : (i + 1) * seeds]
               for i, setting in enumerate(settings)}
     figure = out_folder / "comparison.png"
-    draw_comparison(names, groups, figure)
-    if as_json:
-        print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))
-    else:
-        show_comparison(names, groups)
-        tell(f"Every number: {out_folder / 'results.jsonl'}. Figure: {figure}.")
+    with bt.explained(f"an evaluation.json in {str(out_folder)!r} is damaged"):
+        draw_comparison(names, groups, figure)
+        if as_json:
+            print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))
+        else:
+            show_comparison(names, groups)
+            tell(f"Every number: {out_folder}/*/evaluation.json. Figure: {figure}.")
 
 
 def setting_config(preset: str, setting: dict[str, str], given: Record) -> bt.Config:
@@ -500,18 +522,14 @@ def setting_config(preset: str, setting: dict[str, str], given: Record) -> bt.Co
 def comparison_results(configs: dict[str, bt.Config], folder: Path) -> list[Record]:
     """Train and evaluate all configurations, or continue that, or read what was found."""
     bt.check_shared(configs)
-    begun = {path.parent.name: bt.Config.from_json(path.read_text()) for path in folder.glob("*/config.json")}
+    begun = {path.parent.name: bt.Config.load(path.parent) for path in folder.glob("*/config.json")}
     if begun and {name: replace(cfg, d_model=1) for name, cfg in begun.items()} != configs:
         raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
-    path = folder / "results.jsonl"
-    if path.is_file():
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    bt.check_run_folder(folder, resume=bool(begun))
-    results = train_with_bar(configs, folder, "the same command")
-    results = [{"name": name, **result, "config": json.loads((folder / name / "config.json").read_text())}
-               for name, result in zip(configs, results)]
-    path.write_text("".join(json.dumps(result) + "\n" for result in results))
-    return results
+    runs = [folder / name for name in configs]
+    if not finished(runs):
+        bt.check_run_folder(folder, resume=bool(begun))
+        train_with_bar(configs, folder, "the same command")
+    return [{"name": run.name, **read_evaluation(run), "config": vars(bt.Config.load(run))} for run in runs]
 
 
 def mean_and_spread(group: list[Record], metric: str, selection: str = "theta") -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import math
 import sys
 import types
@@ -142,23 +143,25 @@ def test_loading_something_else_names_it(tmp_path, planted_sae):
     def refused(kind, said):
         with pytest.raises(kind, match=said):
             bt.SAE.load(tmp_path)
-    refused(bt.Unavailable, "is not a run")
+    refused(bt.Unavailable, "holds no run")
     planted_sae.save(tmp_path)
     (tmp_path / "config.json").write_text('{"d_in": 3}')
     refused(bt.InputError, "not written by")
     planted_sae.save(tmp_path)
     whole = (tmp_path / "sae.safetensors").read_bytes()
     (tmp_path / "sae.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused(bt.InputError, "sae.safetensors.*(not a whole|is damaged)")
+    refused(bt.InputError, "sae.safetensors.*is damaged")
+    (tmp_path / "sae.safetensors").unlink()
+    refused(bt.Unavailable, "--resume")
     (tmp_path / "sae.safetensors").write_bytes(whole)
     (tmp_path / "config.json").write_text(config(d_model=48, n_latents=64).to_json())
-    refused(bt.InputError, "does not match")
+    refused(bt.InputError, "does not belong")
 
 @pytest.mark.parametrize("changes, said", [
     (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk, j"), (dict(tokens=0), "from 1"),
     (dict(normalize="none"), "scale, token"), (dict(k=0.01), "no entry"), (dict(warmup=0.8), "at most 1"),
     (dict(batch_size=2.5), "whole"), (dict(activation="topk", k=2.5), "whole"), (dict(lr=math.nan), "lr"),
-    (dict(init="x"), "data, authors"), (dict(beta2=1.0), "below 1"), (dict(tokens=math.inf), "is inf")])
+    (dict(init="x"), "data, authors"), (dict(beta2=1.0), "between"), (dict(tokens=math.inf), "is inf")])
 def test_config_refuses_what_cannot_work_and_says_what_would(changes, said):
     with pytest.raises(bt.InputError, match=said):
         config(**changes)
@@ -619,8 +622,8 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
                   lambda t: [t.step(planted.batch(16, i)) for i in range(11)]):
         straight, first, second = bt.Trainer(cfg), bt.Trainer(cfg), bt.Trainer(cfg)
         begin(straight), begin(first)
-        bt.save_tensors(tmp_path / "state.safetensors", first.state_dict())
-        second.load_state_dict(bt.load_tensors(tmp_path / "state.safetensors"))
+        bt.save_tensors(tmp_path / "state.safetensors", first.state_dict(), "this run")
+        second.load_state_dict(bt.load_tensors(tmp_path / "state.safetensors", "this run"))
         for i in range(11, 20):
             stats = second.step(planted.batch(16, i))
             assert stats == straight.step(planted.batch(16, i))
@@ -631,12 +634,12 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
 
 def test_a_file_that_fails_to_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
-    bt.save_tensors(path, {"a": torch.ones(3)})
+    bt.save_tensors(path, {"a": torch.ones(3)}, "")
     before = path.read_bytes()
-    monkeypatch.setattr(bt.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        bt.save_tensors(path, {"a": torch.zeros(3)})
-    assert path.read_bytes() == before
+    monkeypatch.setattr(bt.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+    with pytest.raises(OSError, match="disk full: .*state.safetensors'$"):
+        bt.save_tensors(path, {"a": torch.zeros(3)}, "")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path], "no leftover"
 
 # Evaluation
 
