@@ -337,44 +337,6 @@ class SAE(nn.Module):
         sae.load_state_dict(tensors)
         return sae.to(device)
 
-def write_atomically(path, data):
-    """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-def save_tensors(path, tensors, config):
-    """Write a safetensors file with a checksum of the tensors and of the configuration's text."""
-    from safetensors.torch import save
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, {"sha256": checksum(tensors, config)}))
-
-def load_tensors(path, config):
-    """Read such a file. InputError if anything in it, or its configuration, was changed."""
-    from safetensors import safe_open
-    with explained(f"{str(path)!r} is damaged, or does not belong to its config.json"):
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if file.metadata()["sha256"] != checksum(tensors, config):
-                raise ValueError("checksum")
-    return tensors
-
-def checksum(tensors, config):
-    digest = hashlib.sha256(config.encode())
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
 # ---- 4. Loss -------------------------------------------------
 
 def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
@@ -592,33 +554,36 @@ class Trainer:
 
     @torch.no_grad()
     def update_(self, gradient: dict[str, Tensor], lr: float, rows=slice(None), silent: Tensor | None = None):
-        """One step of Adam on parameters, or some rows of them (a slice or indices), given their gradients.
+        """One step of Adam on parameters, or on some rows of them (a slice or indices), given the gradients.
 
         A latent that is `silent` [rows, 1], without a gradient, stays as it is, and its moments count only
         the steps in which it had one ("lazy", as in torch.optim.SparseAdam): dense Adam shrinks a rare
         latent's moments to nothing between its firings, so that its step is all noise when it fires.
         """
-        view = isinstance(rows, slice)
+        view, updates = isinstance(rows, slice), self.moments["updates"]
         if silent is None:  # parameters that all latents share
-            n, silent = torch.full((1, 1), self.steps + 1.0, device=self.device), False
+            n = torch.full((1, 1), self.steps + 1.0, device=self.device)
+            silent = torch.zeros_like(n, dtype=torch.bool)
         else:
-            n = self.moments["updates"][rows, None] + ~silent  # gradients so far, with this one
-            self.moments["updates"][rows] = n[:, 0]
-        stay = torch.zeros_like(n).masked_fill_(torch.as_tensor(silent, device=n.device), math.inf)
-        rates = [running_rate(1 - beta, n).where(stay == 0, 0.0) for beta in (self.cfg.beta1, self.cfg.beta2)]
+            n = updates[rows, None] + ~silent  # gradients so far, with this one
+            updates[rows] = n[:, 0]
+        betas = self.cfg.beta1, self.cfg.beta2
+        rates = [running_rate(1 - beta, n).masked_fill(silent, 0.0) for beta in betas]
         for name, g in gradient.items():
             unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
-            speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
-            moments = (self.moments[f"{name}.{m}"] for m in ("mean", "square"))
-            g, *stored = (t[:, None] if t.ndim == 1 else t for t in (g, getattr(self.sae, name).data, *moments))
+            epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
+            moments = (self.moments[f"{name}.{moment}"] for moment in ("mean", "square"))
+            tensors = g, getattr(self.sae, name).data, *moments
+            g, *stored = (t[:, None] if t.ndim == 1 else t for t in tensors)
             W, mean, square = new = [t[rows] if view else t.index_select(0, rows) for t in stored]
             if name == "W_dec":
                 g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # no growth along a row
             mean.lerp_(g, rates[0])
             square.lerp_(g * g, rates[1])
-            W.addcdiv_(mean, square.sqrt().add_(stay + 1e-8 * unit / self.scale**2), value=-speed)
+            speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
+            W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)  # 0 with an infinite ε
             if name == "W_dec":
-                W.div_(W.norm(dim=1, keepdim=True).where(stay == 0, 1.0))  # saved rows have norm 1
+                W.div_(W.norm(dim=1, keepdim=True).masked_fill_(silent, 1.0))  # saved rows have norm 1
             for old, tensor in zip(stored, new) if not view else ():
                 old.index_copy_(0, rows, tensor)
 
@@ -681,7 +646,7 @@ def repeat(batches):
 # Only the encoder product has to be dense. All else touches the N kept entries, about a thousandth of B·F.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
-UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 40}  # entries of a weight matrix updated at a time
+UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
 HINT = 0.95  # the search starts at this share of the last step's smallest kept entry
 
 @torch.no_grad()
@@ -851,7 +816,7 @@ def multiplies_bfloat16(device):
 TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  # the embedded default model
 
 class LanguageModel:
-    """A causal language model and the site in it that the SAE reads: activations out, reconstructions in."""
+    """A causal language model and the site in it that the SAE reads."""
 
     def __init__(self, model: str, layer: int = Config.layer, site: str = Config.site, module: str = "", *,
                  dtype: str = "auto", device: str = "auto", skip_special: bool = True):
@@ -933,7 +898,7 @@ class SiteReached(Exception):
     """Ends a forward pass at the hook and carries the activations out."""
 
 def find_site(model, layer, site, path):
-    """(module, whether its input is read rather than its output) for a site, or for the path of a module."""
+    """(module, whether its input is read rather than its output) of a site, or of a module's path."""
     if path:
         with explained(f"the model has no module {path!r}"):
             return model.get_submodule(path), False
@@ -1109,7 +1074,7 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     check_run_folder(folder, resume)
     with locked(folder):
         check_room(configs, folder)
-        for leftover in folder.glob("**/*.safetensors.tmp"):
+        for leftover in folder.rglob("*.*.tmp"):
             leftover.unlink()
         trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
         held_out = held_out_contexts(first, lm.tokenizer)
@@ -1195,14 +1160,15 @@ def check_shared(configs: dict[str, Config]) -> Config:
     first, largest = next(iter(configs.values())), max(configs.values(), key=lambda cfg: cfg.batch_size)
     for name, cfg in configs.items():
         wrong = [key for key, value in vars(cfg).items() if key not in OWN and value != getattr(first, key)]
-        wrong += ["batch_size"] * (largest.batch_size % cfg.batch_size > 0)  # it must divide the largest
-        if wrong:
-            raise InputError(f"{name} cannot be trained beside the others, because of its {', '.join(wrong)}")
+        if largest.batch_size % cfg.batch_size or wrong:
+            why = ", ".join(wrong) or "batch_size, which does not divide the largest"
+            raise InputError(f"{name} cannot be trained beside the others, because of its {why}")
     return largest
 
 def check_run_folder(folder: Path, resume: bool = False):
     """Unavailable if a new run's folder is in use, or a resumed one holds nothing to resume."""
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    used = folder.is_file() or any(p.is_file() and p.suffix != ".tmp" for p in folder.rglob("*"))
+    if used and not resume:
         raise Unavailable(f"run {str(folder)!r} exists; choose another name, or continue it with --resume")
     if resume and not any(folder.glob("**/config.json")):
         raise Unavailable(f"{str(folder)!r} holds no run; give the folder of an interrupted one")
@@ -1227,7 +1193,7 @@ def locked(folder: Path):
 def check_room(configs, folder):
     """InputError if memory cannot hold weights, moments and activations, or the disk two saved states."""
     cfg = next(iter(configs.values()))
-    state = sum(24 * c.n_latents * c.d_model for c in configs.values())  # 2 matrices of 3 tensors in float32
+    state = sum(24 * c.n_latents * c.d_model for c in configs.values())  # 2 matrices and moments, float32
     memory = state + 4 * cfg.d_model * (cfg.buffer_tokens + 2 * cfg.eval_tokens)
     device, free = resolve_device(cfg.device), shutil.disk_usage(folder).free
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -1235,6 +1201,45 @@ def check_room(configs, folder):
     for what, wanted, there in (("memory", memory, has), ("disk", 2 * state, free)):
         if wanted > there:
             raise InputError(f"the run wants {wanted / 1e9:.1f} GB of {what}; there are {there / 1e9:.1f}")
+
+def write_atomically(path, data):
+    """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+def save_tensors(path, tensors, config):
+    """Write a safetensors file with a checksum of the tensors and of the configuration's text."""
+    from safetensors.torch import save
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, save(tensors, {"sha256": checksum(tensors, config)}))
+
+def load_tensors(path, config):
+    """Read such a file. InputError if anything in it, or its configuration, was changed."""
+    from safetensors import safe_open
+    with explained(f"{str(path)!r} is damaged, or does not belong to its config.json"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if file.metadata()["sha256"] != checksum(tensors, config):
+                raise ValueError("checksum")
+    return tensors
+
+def checksum(tensors, config):
+    """SHA-256 of a configuration's text and of tensors, with their names, dtypes and shapes."""
+    digest = hashlib.sha256(config.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # ---- 10. Evaluation ------------------------------------------
 

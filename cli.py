@@ -6,7 +6,7 @@
     python cli.py latents runs/tiny # what single latents respond to and write
     python cli.py compare           # BatchTopK, TopK and JumpReLU on the same activations, three seeds
 
-Results go to stdout, progress to stderr. A mistake ends in one line and exit code 2 (usage) or 1 (all else).
+Results go to stdout, progress to stderr. A mistake ends in one line and exit code 2 (usage) or 1.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from dataclasses import Field, fields, replace
 from inspect import Parameter, Signature, signature
 from itertools import accumulate, product
@@ -49,9 +50,8 @@ Device = Annotated[str, Option(help=FIELDS["device"].metadata["doc"] + ".")]
 Preset = Annotated[str, Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")]
 Run = Annotated[Path, Argument(help="Folder that `train` wrote, e.g. runs/tiny.", show_default=False)]
 
-
 def config_options(command: Callable, lists: Iterable[str] = (), without: Iterable[str] = ()) -> Callable:
-    """Replace a command's **options by one option per field of Config; those in `lists` arrive as text."""
+    """Replace a command's **options by an option per field of Config; those in `lists` arrive as text."""
     parameters = list(signature(command).parameters.values())[:-1]
     for name in dict.fromkeys((*MAIN, *FIELDS)):
         kind, flag, extra = TYPES[name], "--" + name.replace("_", "-"), {}
@@ -68,7 +68,6 @@ def config_options(command: Callable, lists: Iterable[str] = (), without: Iterab
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
 
-
 def option_help(field: Field) -> str:
     """The help text of a field of Config, with its choices and its default."""
     doc, choices = field.metadata["doc"], field.metadata.get("choices", ())
@@ -79,11 +78,9 @@ def option_help(field: Field) -> str:
     default = "the preset's" if field.name == "n_latents" else field.default
     return escape(f"{doc}." + (f" [default: {default}]" if default != "" else ""))
 
-
-def tell(text: str, console: Console = out, wrap: bool = True) -> None:
+def tell(text: str, console: Console = out, wrap: bool = True):
     """Print a text as it is, wrapped at words in a terminal."""
     console.print(text, markup=False, highlight=False, soft_wrap=not (wrap and console.is_terminal))
-
 
 say = functools.partial(tell, console=err, wrap=False)  # one line, so that a command in it can be copied
 
@@ -93,7 +90,6 @@ HUB_ADVICE = {  # by what the names of the hub's exceptions contain
         "it is not here and the hub cannot be reached: check the network",
     "RepositoryNotFound|DatasetNotFound": "the hub has no such name, or it is private",
 }
-
 
 def reason(error: BaseException | None) -> str:
     """Why a model or data set could not be read and what to do next; empty without a cause."""
@@ -106,9 +102,9 @@ def reason(error: BaseException | None) -> str:
             return advice
     return f"{type(first).__name__}: {str(first).strip()}".splitlines()[0] if first else ""
 
-
-def quieten_libraries() -> None:
-    """No banners, bars or advice from the libraries on the way to a result."""
+def quieten_libraries():
+    """No banners, bars or advice from the libraries on the way to a result; warnings in a line."""
+    warnings.showwarning = lambda message, *where: say(f"warning: {message}")
     for library in ("HF_HUB", "TRANSFORMERS", "DATASETS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     for name in ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
@@ -116,11 +112,10 @@ def quieten_libraries() -> None:
     if "transformers" in sys.modules:  # it reads the environment when it is imported
         sys.modules["transformers"].utils.logging.disable_progress_bar()
 
-
 class Commands(typer.core.TyperGroup):
     """Shows a person's mistake in any command as one line on stderr, without a traceback."""
 
-    def invoke(self, context: typer.Context) -> None:
+    def invoke(self, context: typer.Context):
         quieten_libraries()
         try:
             super().invoke(context)
@@ -129,7 +124,6 @@ class Commands(typer.core.TyperGroup):
             parts = [f"error: {error}" + (f" ({why})" if why else ""), *getattr(error, "__notes__", ())]
             say(" ".join("; ".join(parts).split()))
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
-
 
 app = typer.Typer(cls=Commands, help="BatchTopK sparse autoencoders: train, evaluate, export, compare.",
                   no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
@@ -147,14 +141,14 @@ def train(
     as_json: Json = False,
     expansion: Annotated[float | None, Option(help="Latents, as a multiple of D.")] = None,
     **options: Any,
-) -> None:
+):
     """Train an SAE on a language model's activations, calibrate θ, evaluate on held-out text."""
     given = {field: value for field, value in options.items() if value is not None}
     if resume is not None:
         if given or name is not None or expansion is not None:
             raise bt.InputError("--resume continues a run as it was configured; leave out other options")
         cfg, folder = bt.Config.load(resume), resume
-        if finished([folder]):
+        if finished(folder, [folder]):
             return show_metrics(read_evaluation(folder), as_json)
     else:
         if name is not None and (name in ("", ".", "..") or Path(name).name != name):
@@ -169,12 +163,11 @@ def train(
     if not as_json:
         tell(f"\nSaved in {folder}. Next: python cli.py export {folder}")
 
-
 def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
                    expansion: float | None = None) -> list[Record]:
     """Load the language model and train SAEs on it; the command `again` continues that.
 
-    Ctrl-C or SIGTERM ends training after a step, so that the saved state is whole; a second one ends it at once.
+    Ctrl-C or SIGTERM ends training after a step, so that the saved state is whole; a second one at once.
     """
     cfg, stopped = next(iter(configs.values())), 0
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
@@ -182,7 +175,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
     progress.add_task("loading the model and text", total=None)
     [task] = progress.tasks
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: Any):
         nonlocal stopped
         if stopped or task.total is None or task.finished:
             os.write(2, f"stopped; continue with: {again}\n".encode() if task.total else b"stopped\n")
@@ -190,7 +183,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
         stopped = number
         os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
-    def on_step(tokens: int, stats: list[bt.StepStats]) -> None:
+    def on_step(tokens: int, stats: list[bt.StepStats]):
         begins = task.total is None
         fvu, l0, dead = (mean(getattr(s, name) for s in stats) for name in ("fvu", "l0", "dead"))
         shown = f"{task.speed or 0:,.0f} tokens/s  fvu {fvu:.3f}  L0 {l0:.1f}  dead {dead:,.0f}"
@@ -224,19 +217,20 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing came of it
 
-
-def finished(runs: list[Path]) -> bool:
-    """Whether runs of one stream are trained and evaluated."""
-    state = any((folder / "state.safetensors").is_file() for run in runs for folder in (run, run.parent))
+def finished(folder: Path, runs: list[Path]) -> bool:
+    """Whether runs that were trained together in a folder are trained and evaluated."""
+    state = (folder / "state.safetensors").is_file()
     return not state and all((run / "evaluation.json").is_file() for run in runs)
-
 
 def read_evaluation(run: Path) -> Record:
     """What train_runs found of a run."""
     path = run / "evaluation.json"
     with bt.explained(f"{str(path)!r} is damaged; `eval` measures the run again"):
-        return json.loads(path.read_text())
-
+        result = json.loads(path.read_text())
+        sum(result[name] for name in ("tokens", "k", "theta_value", "eval_tokens", "dead", "step_seconds"))
+        sum(result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS)
+        l0_quantiles(result["theta"]["l0_histogram"])
+        return result  # all is there, and numbers
 
 def free_folder(parent: Path, name: str) -> Path:
     """Make parent/name, or the first of parent/name-2, name-3 … that does not exist."""
@@ -245,15 +239,13 @@ def free_folder(parent: Path, name: str) -> Path:
             (folder := parent / (f"{name}-{i}" if i > 1 else name)).mkdir(parents=True)
             return folder
 
-
 @app.command("eval", epilog="Example: python cli.py eval runs/tiny --json")
-def evaluate(run: Run, device: Device = bt.Config.device, as_json: Json = False) -> None:
+def evaluate(run: Run, device: Device = bt.Config.device, as_json: Json = False):
     """Evaluate a run on held-out text: batch selection and θ side by side."""
     with err.status("evaluating"):
         sae, lm = load(run, device)
         result = bt.evaluate_run(sae, lm, run)
     show_metrics(result, as_json)
-
 
 def load(run: Path, device: str) -> tuple[bt.SAE, bt.LanguageModel]:
     """The SAE of a run and the language model it reads, on a device."""
@@ -261,7 +253,6 @@ def load(run: Path, device: str) -> tuple[bt.SAE, bt.LanguageModel]:
     sae = bt.SAE.load(run, device=device)
     sae.threshold()  # an unset one fails before the model is loaded
     return sae, bt.LanguageModel.from_config(replace(sae.config, device=device))
-
 
 MEANINGS = {
     "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
@@ -272,8 +263,7 @@ MEANINGS = {
     "ce_recovered": "1 is the untouched model, 0 is zeros", "kl": "from the untouched model",
 }
 
-
-def show_metrics(result: Record, as_json: bool) -> None:
+def show_metrics(result: Record, as_json: bool):
     """An evaluation as a table, or as JSON."""
     if as_json:
         print(json.dumps(result))
@@ -286,23 +276,20 @@ def show_metrics(result: Record, as_json: bool) -> None:
     out.print(table)
     histogram = result["theta"]["l0_histogram"]
     low, middle, high = l0_quantiles(histogram)
-    tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over "
-         f"{high}; k = {result['k']:g} is the mean aimed at.")
-
+    tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over {high}.")
 
 def l0_quantiles(histogram: list[int]) -> list[int]:
     """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] tokens have count c."""
     below = list(accumulate(histogram))
     return [next(c for c, n in enumerate(below) if n >= share * below[-1]) for share in (0.05, 0.5, 0.95)]
 
-
 @app.command(epilog="Example: python cli.py export runs/tiny --out encoder.pt")
 def export(
     run: Run,
     out_file: Annotated[Path | None, Option("--out", help="By default RUN/encoder.pt.")] = None,
     as_json: Json = False,
-) -> None:
-    """Write the encoder as TorchScript in JumpReLU form: each token on its own, torch alone to run it."""
+):
+    """Write the encoder as TorchScript: each token on its own, torch alone to run it."""
     path = out_file or run / "encoder.pt"
     difference = bt.export(bt.SAE.load(run), path)
     size = path.stat().st_size
@@ -325,7 +312,7 @@ def latents(
     html: Annotated[Path | None, Option(help="Write a self-contained page with search.")] = None,
     device: Device = bt.Config.device,
     as_json: Json = False,
-) -> None:
+):
     """Show what single latents respond to and what they write, on held-out text."""
     with err.status("reading held-out text"):
         sae, lm = load(run, device)
@@ -344,15 +331,13 @@ def latents(
         for latent in described:
             show_latent(latent)
 
-
 @torch.no_grad()
 def describe_latents(sae: bt.SAE, lm: bt.LanguageModel, contexts: torch.Tensor,
                      latents: Iterable[int] | None = None, count: int = 12, top: int = 10) -> list[Record]:
     """What single latents respond to and what they write, on contexts [n, T] of token ids; JSON-ready.
 
-    Without `latents`, `count` of those that fired on `top` tokens or more, at equal steps of rank from the
-    densest to the rarest. "top" are contexts in which a latent is most active, "lower" are others, around the
-    quartiles of its activations, "neighbours" pairs of latent and cosine.
+    Without `latents`, `count` of those that fired on `top` tokens or more, from the densest to the rarest.
+    "top" are contexts in which a latent is most active, "lower" others, around quartiles of its activations.
     """
     n_latents = len(sae.b_enc)
     if wrong := [j for j in latents or () if not 0 <= j < n_latents]:
@@ -393,9 +378,8 @@ def describe_latents(sae: bt.SAE, lm: bt.LanguageModel, contexts: torch.Tensor,
             "neighbours": [[i, round(float(cosines[i]), 4)] for i in nearest.tolist()]})
     return described
 
-
 def logit_effects(sae: bt.SAE, lm: bt.LanguageModel, latent: int) -> dict[str, list]:
-    """The largest effects on logits by the direct path through the unembedding, without the final norm."""
+    """The largest direct effects on logits, without the final norm."""
     W_U = lm.model.get_output_embeddings()
     if sae.config.module or W_U is None or W_U.weight.shape[1] != sae.W_dec.shape[1]:
         return {"promotes": [], "suppresses": []}
@@ -405,18 +389,15 @@ def logit_effects(sae: bt.SAE, lm: bt.LanguageModel, latent: int) -> dict[str, l
     return {name: [[lm.tokenizer.decode([i]), round(float(logits[i]), 4)] for i in tokens.tolist()]
             for name, tokens in (("promotes", order.flip(0)[:8]), ("suppresses", order[:8]))}
 
-
 def visible(token: str) -> str:
     """A token in one line, without control characters."""
     return "".join("↵" if c == "\n" else "→" if c == "\t" else c if c.isprintable() else "·" for c in token)
-
 
 def short(token: str) -> str:
     """A visible token in which long runs of blanks are counted."""
     return re.sub(" {3,}", lambda run: f"␣×{len(run[0])}", visible(token))
 
-
-def show_latent(latent: Record) -> None:
+def show_latent(latent: Record):
     """One latent in the terminal."""
     tell("\nlatent {latent}  density {density:.3%}, max {max:.3g}, mean {mean:.3g}".format(**latent))
     pairs = {name: [f"{short(token)} {effect:+.2f}" for token, effect in latent[name]]
@@ -429,9 +410,8 @@ def show_latent(latent: Record) -> None:
     for line in lines:
         out.print(line, no_wrap=True, overflow="ellipsis")
 
-
 def context_line(context: Record, strongest: float, width: int) -> Text:
-    """A context, begun late enough that the token which is meant, between « », is within `width`."""
+    """A context, begun late enough that its peak, between « », is within `width`."""
     words, peak, first = [short(token) for token in context["tokens"]], context["peak"], 0
     words[peak] = f"«{words[peak]}»"
     while first < peak and Text("".join(words[first : peak + 1])).cell_len > 0.75 * width - 10:
@@ -441,9 +421,8 @@ def context_line(context: Record, strongest: float, width: int) -> Text:
         line.append(word, style=styles[min(2, int(3 * activation / strongest))] if activation > 0 else "")
     return line
 
-
 def latents_page(about: str, described: list[Record]) -> str:
-    """One page that needs nothing else: a script in it shows the JSON beside it, which no text can end."""
+    """One page that needs nothing else: a script in it shows the JSON beside it."""
     data = json.dumps({"about": about, "latents": described}).replace("<", r"\u003c")
     page = (Path(__file__).parent / "tests/assets/latents.html").read_text(encoding="utf-8")
     return page.replace("DATA", data)
@@ -451,7 +430,7 @@ def latents_page(about: str, described: list[Record]) -> str:
 
 # ---- compare ----
 
-STUDIES = {  # what `compare --study` varies, unless an option says otherwise; values separated by commas
+STUDIES = {  # what `compare --study` varies, unless an option says otherwise
     "methods": {}, "k": {"k": "16,32,64"}, "latents": {"n_latents": "1024,2048,4096,8192"},
     "batch": {"activation": "batchtopk", "batch_size": "64,256,1024,4096,8192"},
     "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
@@ -460,7 +439,6 @@ STUDIES = {  # what `compare --study` varies, unless an option says otherwise; v
                  ",beta1=0.9,beta1=0,beta2=0.99,warmup=0.1,decay=0,decay=0.6,init=authors,normalize=token"
                  ",aux_coef=0,dead_tokens=100000"},
 }
-
 
 @app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
 @functools.partial(config_options, lists=bt.OWN, without=("seed",))
@@ -473,10 +451,10 @@ def compare(
     out_folder: Annotated[Path, Option("--out", help="Where it is saved.")] = Path("runs/compare"),
     as_json: Json = False,
     **options: Any,
-) -> None:
+):
     """Train several SAEs on the same activations and compare them on held-out text.
 
-    Options marked ,… take several values, by commas. The same command continues what was interrupted.
+    Options marked ,… take several values. The same command continues what was interrupted.
     """
     if study not in STUDIES:
         raise bt.InputError(f"study {study!r} is unknown; choose one of: {', '.join(STUDIES)}")
@@ -495,14 +473,12 @@ def compare(
     groups = {tuple(map(setting.get, names)): results[i * seeds : (i + 1) * seeds]
               for i, setting in enumerate(settings)}
     figure = out_folder / "comparison.png"
-    with bt.explained(f"an evaluation.json in {str(out_folder)!r} is damaged"):
-        draw_comparison(names, groups, figure)
-        if as_json:
-            print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))
-        else:
-            show_comparison(names, groups)
-            tell(f"Every number: {out_folder}/*/evaluation.json. Figure: {figure}.")
-
+    draw_comparison(names, groups, figure)
+    if as_json:
+        print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))
+    else:
+        show_comparison(names, groups)
+        tell(f"Every number: {out_folder}/*/evaluation.json. Figure: {figure}.")
 
 def setting_config(preset: str, setting: dict[str, str], given: Record) -> bt.Config:
     """The configuration of one setting: {name: text} of fields, and perhaps of a recipe and a change."""
@@ -518,31 +494,27 @@ def setting_config(preset: str, setting: dict[str, str], given: Record) -> bt.Co
             values[name] = float(text)
     return bt.Config.preset(preset, recipe, **values)
 
-
 def comparison_results(configs: dict[str, bt.Config], folder: Path) -> list[Record]:
     """Train and evaluate all configurations, or continue that, or read what was found."""
     bt.check_shared(configs)
     begun = {path.parent.name: bt.Config.load(path.parent) for path in folder.glob("*/config.json")}
-    if begun and {name: replace(cfg, d_model=1) for name, cfg in begun.items()} != configs:
+    if any(replace(cfg, d_model=1) != configs.get(name) for name, cfg in begun.items()):
         raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
     runs = [folder / name for name in configs]
-    if not finished(runs):
+    if not finished(folder, runs):
         bt.check_run_folder(folder, resume=bool(begun))
         train_with_bar(configs, folder, "the same command")
     return [{"name": run.name, **read_evaluation(run), "config": vars(bt.Config.load(run))} for run in runs]
-
 
 def mean_and_spread(group: list[Record], metric: str, selection: str = "theta") -> tuple[float, float]:
     """Mean of a metric over seeds and its standard deviation, 0 for one seed."""
     values = [result[selection][metric] for result in group]
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
-
 COLUMNS = (("theta", "fvu", "{:.4f} ±{:.4f}"), ("batch", "fvu", "{:.4f}"), ("theta", "l0", "{:.2f}"),
            ("theta", "ce_degradation", "{:.3f} ±{:.3f}"), ("batch", "ce_degradation", "{:.3f}"))
 
-
-def show_comparison(names: list[str], groups: Groups) -> None:
+def show_comparison(names: list[str], groups: Groups):
     """A row for each setting, mean ± standard deviation over its seeds."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in (*names, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "s"):
@@ -560,12 +532,10 @@ def show_comparison(names: list[str], groups: Groups) -> None:
     tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out. L0: with θ; ce: loss added, nats per "
          "token; dead: at the end; s: seconds in the SAE's own steps.".format(seeds, **first))
 
-
 STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"),
           "jumprelu": ("#737373", "^", ":", "JumpReLU")}
 
-
-def draw_comparison(names: list[str], groups: Groups, path: Path) -> None:
+def draw_comparison(names: list[str], groups: Groups, path: Path):
     """Error against each number that was varied, and active latents per token."""
     from matplotlib.figure import Figure
 
@@ -580,8 +550,7 @@ def draw_comparison(names: list[str], groups: Groups, path: Path) -> None:
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
-
-def draw_error(axes: Any, names: list[str], groups: Groups, against: str, metric: str) -> None:
+def draw_error(axes: Any, names: list[str], groups: Groups, against: str, metric: str):
     """A metric against a field of Config, a line for each combination of the others."""
     lines: dict[tuple, list[tuple]] = {}
     for key, group in groups.items():
@@ -598,9 +567,8 @@ def draw_error(axes: Any, names: list[str], groups: Groups, against: str, metric
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
-
-def draw_active_latents(axes: Any, names: list[str], groups: Groups) -> None:
-    """How many latents are active on a token, for each method at the k nearest to the default."""
+def draw_active_latents(axes: Any, names: list[str], groups: Groups):
+    """Active latents per token, for each method at the k nearest to the default."""
     nearest_last = sorted(groups.items(), key=lambda item: -abs(item[1][0]["k"] - bt.Config.k))
     for method, result in {key[names.index("activation")]: group[0] for key, group in nearest_last}.items():
         color, _, line, title = STYLES[method]

@@ -16,6 +16,10 @@ SMALL = dict(n_latents=256, k=8, tokens=6_000, batch_size=256, buffer_tokens=409
              model_batch=8, eval_tokens=4096, dead_tokens=2048,
              device="cpu")
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless asked for with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
 @pytest.fixture(scope="session")
 def lm():
     """The embedded GPT-2, read before block 2."""

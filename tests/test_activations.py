@@ -162,6 +162,13 @@ def test_texts_that_cannot_be_used_are_named(tmp_path, lm, text, kind, said):
             read()
         assert "a.jsonl" in str(error.value) and "\n" not in str(error.value)
 
+def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
+    """Bug here once: transformers made an empty tokenizer, and training waited for tokens for ever."""
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(bt.TINY_GPT2 / file, tmp_path)
+    with pytest.raises((bt.InputError, bt.Unavailable), match=str(tmp_path)):
+        bt.LanguageModel(str(tmp_path), device="cpu")
+
 def packed(texts, tokenizer, length):
     """Contexts of the texts in order, each after the begin token."""
     ids = [i for text in texts for i in [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]]

@@ -4,8 +4,10 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,7 +107,10 @@ def test_options_reach_the_configuration(tmp_path):
     (["train", "--dataset", "nowhere.jsonl"], 1, "nowhere.jsonl"), (["train", "--model", "/nowhere/model"], 1, "/nowhere/model"),
     (["eval", "nowhere"], 1, "'nowhere' holds no run"), (["export", "nowhere"], 1, "'nowhere' holds no run"),
     (["train", "--resume", "nowhere"], 1, "'nowhere' holds no run"),
-    (["train", "--resume", "nowhere", "--k", "3"], 2, "leave out")])
+    (["train", "--resume", "nowhere", "--k", "3"], 2, "leave out"),
+    (["train", "--context", 4096], 2, "context is 4096; the model reads at most 128"), (["train", "--beta2", 0], 2, "beta2"),
+    (["train", "--module", "transformer"], 2, "no tensor"), (["train", "--device", "meta"], 1, "'meta' is not available"),
+    (["train", "--seed", 10**20], 2, "seed is"), (["train", "--n-latents", 10**9], 2, "GB of memory")])
 def test_a_mistake_ends_in_one_line_that_names_it(arguments, code, said, tmp_path):
     result = invoke(*arguments, *(["--out", tmp_path / "runs"] if arguments[0] == "train" else []))
     assert result.exit_code == code, result.output
@@ -117,7 +122,24 @@ def test_a_run_name_in_use_is_refused_and_left_alone(run):
     before = {p: p.read_bytes() for p in run[0].iterdir()}
     assert "exists" in invoke("train", "--out", run[0].parent, "--name", "small", *options()).stderr
     assert before == {p: p.read_bytes() for p in run[0].iterdir()}
-    assert cli.free_folder(run[0].parent, "small").name == "small-2"
+    names = [cli.free_folder(run[0].parent, "small").name for _ in range(2)]
+    assert names == ["small-2", "small-3"], "two processes that start together get two folders"
+
+def test_a_damaged_evaluation_is_refused_in_a_line(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    path = tmp_path / "run" / "evaluation.json"
+    good = json.loads(path.read_text())
+    assert json.loads(invoke("train", "--resume", tmp_path / "run", "--json").stdout) == good == run[1]
+    for bad in ("", "[", "[]", "{}", json.dumps({**good, "theta": {}}), json.dumps({**good, "k": "x"})):
+        path.write_text(bad)
+        result = invoke("train", "--resume", tmp_path / "run")
+        assert result.exit_code == 2 and re.fullmatch("error: .*evaluation.json.*\n", result.stderr), result.stderr
+
+def test_no_number_is_null_in_json_and_said_in_the_table(run, capsys):
+    metrics = {**run[1], "theta": {**run[1]["theta"], "ce_recovered": math.nan}}
+    result = {**metrics, **bt.to_json_values(metrics)}
+    assert json.loads(json.dumps(result, allow_nan=False))["theta"]["ce_recovered"] is None
+    cli.show_metrics(result, as_json=False)
 
 
 def test_an_sae_whose_theta_was_never_estimated_is_refused(tmp_path):
@@ -161,12 +183,13 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     assert invoke("train", "--resume", again).stdout == invoke("train", "--resume", again).stdout
 
 
-def test_a_real_process_stops_at_ctrl_c_with_a_run_that_can_be_continued(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued(tmp_path, number, code):
     process = spawn("train", "--out", tmp_path, *options(tokens=50_000_000), cwd=tmp_path)
     assert "256 latents" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stdout == "" and re.fullmatch("stopping after this step\nsaved; continue.*\n", stderr), stderr
+    assert process.returncode == code and stdout == "" and re.fullmatch("stopping after this step\nsaved; continue.*\n", stderr), stderr
     assert (tmp_path / "tiny" / "state.safetensors").exists()
 
 

@@ -602,6 +602,11 @@ def test_a_stream_that_ends_early_and_values_that_are_not_finite_are_errors(plan
         with pytest.raises(bt.InputError, match=said):
             bt.Trainer(config(d_model=48)).step(x)
 
+def test_a_model_that_always_says_the_same_is_refused():
+    for x in (torch.zeros(64, 12), torch.ones(64, 12) / 3):
+        with pytest.raises(bt.InputError, match="all activations are equal"):
+            bt.train(config(tokens=640), [x] * 10)
+
 @pytest.mark.parametrize("step", ["plain", "sparse"])
 def test_a_refused_batch_leaves_the_trainer_as_it_was(planted, step):
     """Bug met: the counters of dead latents had moved, and the next auxiliary loss read the wrong latents."""

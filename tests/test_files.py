@@ -1,0 +1,244 @@
+"""What is lost, believed or refused when a run is killed, a disk is full, or a file was changed."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import batchtopk as bt
+from conftest import SMALL, same_tensors
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"def f{i}(x): return x * {i * i}"}) + "\n" for i in range(3000)))
+    return bt.Config.preset("tiny", d_model=256, layer=2, **{**SMALL, "dataset": str(path), "tokens": 3000,
+                                                            "eval_tokens": 500, "checkpoint_tokens": 700})
+
+@pytest.fixture(scope="module")
+def finished(lm, cfg, tmp_path_factory):
+    """A run that nothing interrupted, with two SAEs."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    bt.train_runs(two(cfg), lm, folder)
+    return folder
+
+def two(cfg):
+    return {"a": cfg, "b": dataclasses.replace(cfg, activation="topk", seed=1)}
+
+def assert_same(folder, other):
+    for name in ("config.json", "metrics.jsonl", "sae.safetensors"):
+        for run in ("a", "b"):
+            assert (folder / run / name).read_bytes() == (other / run / name).read_bytes(), name
+    assert sorted(p.name for p in folder.rglob("*")) == sorted(p.name for p in other.rglob("*")), "no leftovers"
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may handle it."""
+
+def kill_at(n, monkeypatch):
+    """Die in the n-th write of a file from now on, before or after it takes effect, in turn."""
+    count, replace = [0], os.replace
+
+    def dying(source, target):
+        count[0] += 1
+        if count[0] == n and n % 2:
+            raise Killed
+        replace(source, target)
+        if count[0] == n:
+            raise Killed
+    monkeypatch.setattr(bt.os, "replace", dying)
+
+def test_a_run_killed_at_any_write_of_a_file_is_resumed_to_the_same_end(lm, cfg, finished, tmp_path, monkeypatch):
+    """Bugs here once: killed before its first saved state or after its last step, a run was stuck or lost."""
+    folder, kills, begun = tmp_path / "run", 0, False
+    while True:
+        with monkeypatch.context() as patch:
+            kill_at(1 + kills % 17, patch)
+            try:
+                bt.train_runs(two(cfg), lm, folder, resume=begun)
+                break
+            except Killed:
+                kills, begun = kills + 1, any(folder.glob("*/config.json"))
+        assert kills < 400
+    assert kills > 10
+    assert_same(folder, finished)
+
+def test_an_end_that_is_interrupted_is_repeated(lm, cfg, finished, tmp_path, monkeypatch):
+    """In calibration, between the two SAEs' files, and in the evaluation."""
+    folder, begun = tmp_path / "run", False
+    for name in ("calibrate", "evaluate_run"):
+        for n in (1, 2):
+            calls, original = [], getattr(bt, name)
+
+            def interrupted(*arguments):
+                calls.append(1)
+                if len(calls) == n:
+                    raise KeyboardInterrupt
+                return original(*arguments)
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(bt, name, interrupted)
+                bt.train_runs(two(cfg), lm, folder, resume=begun)
+            begun = True
+            assert (folder / "state.safetensors").is_file()
+    bt.train_runs(two(cfg), lm, folder, resume=True)
+    assert_same(folder, finished)
+
+def test_a_full_disk_costs_a_saved_state_but_not_the_run(lm, cfg, finished, tmp_path, monkeypatch):
+    """And a file without which the run makes no sense ends it in an error that names it."""
+    save, n = bt.save_tensors, [0]
+
+    def full_at_times(path, *rest):
+        n[0] += 1
+        if n[0] in (1, 3):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, *rest)
+    monkeypatch.setattr(bt, "save_tensors", full_at_times)
+    with pytest.warns(UserWarning, match="No space.*state.safetensors.*training goes on"):
+        bt.train_runs(two(cfg), lm, tmp_path / "run")
+    assert_same(tmp_path / "run", finished)
+    monkeypatch.undo()
+    monkeypatch.setattr(bt.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full.*config.json"):
+        bt.train_runs(two(cfg), lm, tmp_path / "other")
+    assert not list((tmp_path / "other").rglob("*.*"))
+
+def test_two_processes_cannot_write_one_folder(lm, cfg, tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", "import batchtopk as bt, pathlib, sys\n"
+                               "with bt.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); input()",
+                               str(tmp_path)], cwd=Path(bt.__file__).parent, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(bt.Unavailable, match="another process"):
+        bt.train_runs({"": cfg}, lm, tmp_path)
+    holder.kill()
+    holder.wait()
+    with bt.locked(tmp_path):
+        pass  # a lock dies with its process
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_allocated(lm, cfg, tmp_path):
+    for changes, said in ((dict(n_latents=10**12), "GB of memory"), (dict(buffer_tokens=10**12), "GB of memory")):
+        with pytest.raises(bt.InputError, match=said):
+            bt.train_runs({"": dataclasses.replace(cfg, **changes)}, lm, tmp_path / "run")
+
+# Files that were changed
+
+def edited(value, random_):
+    """A JSON value with one thing in it replaced by something of another type or size."""
+    if isinstance(value, dict) and value and random_.random() < 0.9:
+        key = random_.choice(list(value))
+        change = random_.choice(["edit", "drop", "rename"])
+        rest = {k: v for k, v in value.items() if k != key}
+        return rest if change == "drop" else {**rest, key + "x" * (change == "rename"): edited(value[key], random_)}
+    return random_.choice([None, True, -1, 0, 10**12, 1e308, float("nan"), "", "x" * 1000, [], {}, [[]] * 3, "32"])
+
+def mutants(path, n, seed):
+    """Contents of a file, changed in one way each."""
+    whole, random_ = path.read_bytes(), random.Random(seed)
+    for i in range(n):
+        kind = i % 4
+        if kind == 0:  # a flipped bit
+            data = bytearray(whole)
+            data[random_.randrange(len(data))] ^= 1 << random_.randrange(8)
+        elif kind == 1:  # a part, or nothing
+            data = whole[: random_.randrange(len(whole))]
+        elif kind == 2:  # other bytes
+            data = bytes(random_.randrange(256) for _ in range(random_.choice([0, 1, 8, 100])))
+        elif path.suffix == ".safetensors":
+            data = edited_tensors(path, random_)
+        else:
+            data = json.dumps(edited(json.loads(whole), random_)).encode()
+        yield bytes(data)
+    yield b"[" * 100_000  # too deep for a parser
+
+def edited_tensors(path, random_):
+    """The file with a tensor of another name, shape, type or value, or with other metadata."""
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    name = random_.choice(list(tensors))
+    t = tensors.pop(name)
+    change = random_.choice(["drop", "rename", "shape", "type", "value", "metadata"])
+    if change == "metadata":
+        tensors[name], metadata = t, random_.choice([None, {}, {"sha256": "0" * 64}])
+    elif change != "drop":
+        new = {"shape": t.reshape(1, *t.shape), "type": t.half() if t.is_floating_point() else t.float(),
+               "value": torch.full_like(t, float("nan") if t.is_floating_point() and not t.isnan().all() else 7)}
+        tensors[name + "x" * (change == "rename")] = new.get(change, t)
+    return safetensors.torch.save(tensors, metadata)
+
+@pytest.mark.parametrize("name", ["config.json", "sae.safetensors"])
+def test_a_changed_file_of_a_run_is_refused_in_a_line_that_names_it(finished, tmp_path, name):
+    n, expected = int(os.environ.get("MUTANTS", 600)), bt.SAE.load(finished / "a").state_dict()
+    config = bt.Config.load(finished / "a")
+    for file in ("config.json", "sae.safetensors"):
+        (tmp_path / file).write_bytes((finished / "a" / file).read_bytes())
+    refused = 0
+    for data in mutants(finished / "a" / name, n, seed=1):
+        (tmp_path / name).write_bytes(data)
+        try:
+            sae = bt.SAE.load(tmp_path)
+            assert sae.config == config and same_tensors(sae.state_dict(), expected), data[:300]
+        except (bt.InputError, bt.Unavailable) as error:
+            refused += 1
+            assert str(tmp_path) in str(error), error
+    assert refused > 0.95 * n
+
+def test_a_changed_state_is_refused_and_changed_metrics_are_left_out(lm, cfg, tmp_path):
+    def stop(tokens, stats):
+        if tokens > 1500:
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        bt.train_runs({"": cfg}, lm, tmp_path, on_step=stop)
+    state, text = tmp_path / "state.safetensors", json.dumps({"": cfg.to_json()})
+    expected, n = bt.load_tensors(state, text), int(os.environ.get("MUTANTS", 600))
+    whole, refused = state.read_bytes(), 0
+    for data in list(mutants(state, n, seed=2)):
+        state.write_bytes(data)
+        try:
+            assert same_tensors(bt.load_tensors(state, text), expected)
+        except bt.InputError as error:
+            refused += "state.safetensors" in str(error)
+    assert refused > 0.95 * n
+    state.write_bytes(whole)
+    metrics = tmp_path / "metrics.jsonl"
+    records = bt.read_records(metrics, 10**9)
+    assert len(records) > 4
+    for data in list(mutants(tmp_path / "config.json", n, seed=3)):  # any lines at all beside the good ones
+        metrics.write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in records) + data)
+        assert bt.read_records(metrics, 10**9)[: len(records)] == records
+    assert len(bt.read_records(metrics, records[3]["tokens"])) == 4
+
+@pytest.mark.slow
+def test_a_process_killed_ten_times_at_random_moments_ends_as_one_that_was_not(cfg, tmp_path):
+    """SIGKILL, from the start of training on; then `--resume`, until a run comes to its end."""
+    cli = Path(bt.__file__).parent / "cli.py"
+    kinds = {f.name: f for f in dataclasses.fields(bt.Config)}
+    given = {name: value for name, value in dataclasses.asdict(dataclasses.replace(cfg, tokens=400_000,
+             checkpoint_tokens=20_000)).items() if name != "d_model" and value not in (kinds[name].default, "")}
+    options = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+    def run(*arguments):
+        return subprocess.Popen([sys.executable, str(cli), "train", *arguments], stderr=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True)
+    whole, folder, random_, kills = tmp_path / "whole", tmp_path / "run", random.Random(0), 0
+    process = run("--out", str(tmp_path), "--name", "whole", *options)
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    process = run("--out", str(tmp_path), "--name", "run", *options)
+    while kills < 10:
+        process.stderr.readline()  # training has begun
+        time.sleep(random_.random() * 1.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        process = run("--resume", str(folder))
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    for name in ("sae.safetensors", "metrics.jsonl"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
