@@ -1,6 +1,6 @@
 """Command line of batchtopk: it talks to people, batchtopk.py does the work.
 
-    python cli.py train             # a BatchTopK SAE on the embedded GPT-2, in under two minutes
+    python cli.py train             # a BatchTopK SAE on the embedded GPT-2, in about two minutes
     python cli.py eval runs/tiny    # its metrics on held-out text
     python cli.py export runs/tiny  # a TorchScript encoder that depends on no batch
     python cli.py latents runs/tiny # what single latents respond to and write
