@@ -658,6 +658,7 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
     threshold, `hint`, is not above the true one. If it was, fewer than n are found, and all is repeated.
     In bfloat16 the product only nominates entries; their values are computed again in float32 and decide.
     centred is x - b_dec [B, D]; hint a number or [F]. Returns latent, row, value [m], by latent, then row.
+    For TopK these are row_entries', whatever the hint.
     """
     if sae.config.activation == "topk":
         return row_entries(sae, centred)
@@ -1332,7 +1333,7 @@ def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike,
         ids = held_out_contexts(cfg, lm.tokenizer)[1]
         held_out = ids, shuffled_activations(lm, ids, cfg.model_batch)
     ids, x = held_out
-    metrics = to_json_values(evaluate(sae, [x], lm, ids[: math.ceil(len(ids) / 4)]))
+    metrics = to_json_values(evaluate(sae, [x], lm, ids[::4]))
     theta = sae.threshold().detach() if cfg.activation == "jumprelu" else sae.theta
     return {"run": str(folder), "tokens": cfg.tokens, "seconds": round(time.perf_counter() - started, 2),
             "k": cfg.k, "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}

@@ -391,7 +391,8 @@ def logit_effects(sae: bt.SAE, lm: bt.LanguageModel, latent: int) -> dict[str, l
 
 def visible(token: str) -> str:
     """A token in one line, without control characters."""
-    return "".join("↵" if c == "\n" else "→" if c == "\t" else c if c.isprintable() else "·" for c in token)
+    marks = {"\n": "↵", "\t": "→"}
+    return "".join(marks.get(c, c if c.isprintable() else "·") for c in token)
 
 def short(token: str) -> str:
     """A visible token in which long runs of blanks are counted."""

@@ -99,7 +99,7 @@ def dense_step(sae, batches):
 
     def run():
         with torch.autocast(sae.W_enc.device.type, torch.bfloat16):
-            bt.loss(sae, next(batches)).loss.backward()
+            bt.loss(sae, next(batches))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import batchtopk as bt
-from conftest import SMALL, Largest, same_tensors
+from conftest import SMALL, Largest
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
@@ -317,6 +317,14 @@ def test_a_run_leaves_its_metrics_and_reports_them(lm, finished):
         again = {**bt.evaluate_run(sae, lm, folder / name), "seconds": result["seconds"]}
         assert again == {key: result[key] for key in again} and result["tokens"] == 3000
         assert result["dead"] == float(sae.is_dead().float().mean()) and result["step_seconds"] > 0
+
+def test_cross_entropy_is_measured_on_contexts_from_all_held_out_text(lm, finished, monkeypatch):
+    """Bug here once: on the first quarter in the order of the documents, which is a few of them."""
+    seen, sae = [], bt.SAE.load(finished[0] / "batch")
+    monkeypatch.setattr(bt, "evaluate", lambda sae, batches, lm, contexts: seen.append(contexts) or {"tokens": 1})
+    ids = torch.arange(40)[:, None].expand(40, 128)
+    bt.evaluate_run(sae, lm, finished[0] / "batch", (ids, torch.zeros(1, 256)))
+    assert seen[0][:, 0].tolist() == list(range(0, 40, 4))
 
 def test_an_interrupted_comparison_continues_to_the_same_end(lm, data, finished, tmp_path, monkeypatch):
     """Interrupted between two steps, and once more in the evaluation."""
