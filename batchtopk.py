@@ -25,15 +25,18 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import secrets
 import shutil
 import sysconfig
 import threading
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,18 +301,12 @@ class SAE(nn.Module):
             raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {len(self.b_dec)}]")
         if selection not in ("theta", "batch"):
             raise InputError(f"selection is {selection!r}; choose theta or batch")
-        return self.standardize(x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype))[0]
-
-    def standardize(self, x: Tensor):
-        """(x', mean, std) with x = x'·std + mean: per token with normalize="token", else x itself."""
-        if self.config.normalize != "token":
-            return x, 0.0, 1.0
-        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5  # as in the authors' code
-        return (x - mean) / std, mean, std
+        rows = x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
+        return standardize(rows, self.config.normalize == "token")[0]
 
     def restore(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Undo standardize: x_hat [..., D] in the units of x [..., D]."""
-        _, mean, std = self.standardize(x.to(self.W_enc.dtype))
+        _, mean, std = standardize(x.to(self.W_enc.dtype), self.config.normalize == "token")
         return x_hat * std + mean
 
     def _apply(self, fn, recurse=True):
@@ -336,6 +333,13 @@ class SAE(nn.Module):
         sae = cls(config)
         sae.load_state_dict(tensors)
         return sae.to(device)
+
+def standardize(x, per_token: bool):
+    """(x', mean, std) with x = x'·std + mean: each token standardised as in the authors' code, or x itself."""
+    if not per_token:
+        return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    return (x - mean) / std, mean, std
 
 # ---- 4. Loss -------------------------------------------------
 
@@ -434,9 +438,9 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
         value = judge.active_entries(judge.as_rows(x), "batch")[2]
         smallest += [float(value.min())] if len(value) else []
-    if not smallest:
-        raise InputError("θ cannot be calibrated: no batch held a positive pre-activation")
-    mean = sum(smallest) / len(smallest)
+    mean = sum(smallest) / len(smallest) if smallest else math.nan
+    if not math.isfinite(mean):
+        raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
     if jumprelu:
         sae.log_threshold.add_(math.log(mean))
     else:
@@ -673,11 +677,12 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
         part = slice(start, min(start + size, n_latents))
         W, b = sae.W_enc[part], sae.b_enc[part].float()
         z = torch.mm(W.to(dtype), columns, out=scratch[: len(W)])
-        found = nonzero_flat(z > (slack * threshold[part] - b)[:, None])  # on a GPU the host waits here
+        below = z <= (slack * threshold[part] - b)[:, None]
+        found = nonzero_flat(below.logical_not_())  # so that NaN is seen; on a GPU the host waits here
         latent = found // n_rows
         if dtype == torch.bfloat16:
             z = sampled_product(W.float(), centred, latent, found - latent * n_rows) + b[latent]
-            above = z > threshold[part][latent]
+            above = ~(z <= threshold[part][latent])
             found, z = found[above], z[above]
         else:
             z = z.view(-1)[found] + b[latent]
@@ -708,8 +713,9 @@ def row_entries(sae, centred):
     best = [functional.linear(rows, W, b).topk(k, sorted=False) for rows in centred.split(size)]
     value, latent = (torch.cat(parts) for parts in zip(*best))
     index = latent * n_rows + torch.arange(n_rows, device=latent.device)[:, None]
-    index, order = index[value > 0].sort()
-    return index // n_rows, index % n_rows, value[value > 0][order]
+    active = ~(value <= 0)
+    index, order = index[active].sort()
+    return index // n_rows, index % n_rows, value[active][order]
 
 @torch.no_grad()
 def sparse_entries(sae, rows, selection):
@@ -783,7 +789,7 @@ def sparse_step(trainer, x, lr):
         trainer.update_(gradient, lr, place, ~touched[rows, None])
     return mse, aux, active, value[value > 0]
 
-def group_starts(groups, n):
+def group_starts(groups, n: int):
     """Where each of n groups starts in ascending group numbers [m], and where the last one ends: [n + 1]."""
     return torch.searchsorted(groups, torch.arange(n + 1, device=groups.device))
 
@@ -1075,7 +1081,7 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     check_run_folder(folder, resume)
     with locked(folder):
         check_room(configs, folder)
-        for leftover in folder.rglob("*.*.tmp"):
+        for leftover in folder.rglob("*." + "[0-9a-f]" * 8 + ".tmp"):
             leftover.unlink()
         trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
         held_out = held_out_contexts(first, lm.tokenizer)
@@ -1205,10 +1211,10 @@ def check_room(configs, folder):
 
 def write_atomically(path, data):
     """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -1349,84 +1355,193 @@ def to_json_values(metrics):
 class ExportedSAE(nn.Module):
     """The inference form of an SAE for TorchScript, f = z · 1[z > θ]: nothing here depends on the batch.
 
-    x may have any leading dimensions and any float dtype; the result is float32.
+    x may have any leading dimensions and any float dtype. Results are float32, and NaN where x has NaN.
     """
 
-    def __init__(self, sae: SAE):
+    def __init__(self, sae: SAE, dtype: torch.dtype = torch.float32):
         super().__init__()
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            self.register_buffer(name, getattr(sae, name).detach().float().cpu().clone())
+            self.register_buffer(name, getattr(sae, name).detach().to("cpu", dtype))
         self.k = int(sae.config.k) if sae.config.activation == "topk" else 0
-        self.register_buffer("theta", (sae.theta if self.k else sae.threshold()).detach().cpu().clone())
+        theta = sae.theta if self.k else sae.threshold()
+        self.theta = theta.detach().cpu().clone()  # no buffer, so that half() leaves it in float32
         self.per_token: bool = sae.config.normalize == "token"
+
+    def _encode(self, x):
+        """z [..., F] and where it is inactive. A NaN is active, so that it can be seen."""
+        fits = x.dim() > 0 and x.shape[-1] == self.b_dec.shape[0] and x.is_floating_point()
+        assert fits, f"x is {x.dtype} of shape {x.shape}; give floats [..., {self.b_dec.shape[0]}]"
+        x = standardize(x.float(), self.per_token)[0].to(self.W_enc.dtype)
+        z = functional.linear(x - self.b_dec, self.W_enc, self.b_enc).float()
+        if self.k:  # an SAE trained with activation="topk": each row's k largest
+            latent = z.topk(self.k, dim=-1).indices
+            return z, torch.ones_like(z, dtype=torch.bool).scatter(-1, latent, False) | (z <= 0)
+        return z, z <= self.theta.to(z.device)
 
     def forward(self, x):
         """x [..., D] to latents f [..., F]."""
-        z = functional.linear(self.standardize(x)[0] - self.b_dec, self.W_enc, self.b_enc)
-        if self.k:  # an SAE trained with activation="topk": each row's k largest
-            values, latent = z.topk(self.k, dim=-1)
-            return torch.zeros_like(z).scatter(-1, latent, values.relu())
-        return z.masked_fill(z <= self.theta, 0.0)
-
-    def standardize(self, x):
-        x = x.to(self.W_enc.dtype)
-        mean, std = torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-        if self.per_token:
-            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
-        return (x - mean) / std, mean, std
-
-    @torch.jit.export
-    def decode(self, f):
-        """Latents f [..., F] to reconstructions [..., D]; for normalize="token" in standardised units."""
-        return f @ self.W_dec + self.b_dec
-
-    @torch.jit.export
-    def reconstruct(self, x):
-        """x [..., D] to its reconstruction [..., D], in the units of x."""
-        _, mean, std = self.standardize(x)
-        return self.decode(self.forward(x)) * std + mean
+        z, inactive = self._encode(x)
+        return z.masked_fill_(inactive, 0.0)
 
     @torch.jit.export
     def encode_sparse(self, x):
         """The active entries alone, as from SAE.encode_sparse: indices [2, m] int64, values [m]."""
-        rows = x.reshape(-1, x.shape[-1])
-        indices = [torch.empty(2, 0, dtype=torch.int64, device=x.device)]
-        values = [torch.empty(0, dtype=self.W_enc.dtype, device=x.device)]
-        for start in range(0, rows.shape[0], 1024):  # 1024 rows of F at a time
-            f = self.forward(rows[start : start + 1024])
-            index = f.nonzero()
-            values.append(f[index[:, 0], index[:, 1]])
-            index[:, 0] += start
-            indices.append(index.t())
-        return torch.cat(indices, 1), torch.cat(values)
+        F, m, rows = self.b_enc.shape[0], 0, x.reshape(-1, x.shape[-1])
+        index, value = torch.empty(0, dtype=torch.int64, device=x.device), torch.empty(0, device=x.device)
+        size = max(1, min(1024, (1 << 24) // F))
+        for start in range(0, rows.shape[0], size):
+            z, inactive = self._encode(rows[start : start + size])
+            found = inactive.logical_not_().view(-1).nonzero()[:, 0]
+            n = m + len(found)
+            if n > len(value):  # buffers that double: many small tensors would leave memory in fragments
+                index, value = [functional.pad(t, [0, 2 * n - len(t)]) for t in (index, value)]
+            index[m:n], value[m:n], m = found + start * F, z.view(-1)[found], n
+        return torch.stack([index[:m] // F, index[:m] % F]), value[:m].clone()
+
+    @torch.jit.export
+    def decode(self, f):
+        """Latents f [..., F] to reconstructions [..., D]; for normalize="token" in standardised units."""
+        return (f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec).float()
+
+    @torch.jit.export
+    def decode_sparse(self, indices, values, n_rows: int):
+        """The same from encode_sparse's result, whose rows ascend, to [n_rows, D]."""
+        starts = group_starts(indices[0], n_rows)
+        return (sum_rows(self.W_dec, indices[1], values.to(self.W_dec.dtype), starts) + self.b_dec).float()
+
+    @torch.jit.export
+    def reconstruct(self, x):
+        """x [..., D] to its reconstruction [..., D], in the units of x."""
+        indices, values = self.encode_sparse(x)
+        _, mean, std = standardize(x.float(), self.per_token)
+        return self.decode_sparse(indices, values, x.numel() // x.shape[-1]).view(x.shape) * std + mean
+
+def torchscript_files(sae, dtype):
+    """ExportedSAE's archive, without the parts for debugging, which hold the path and source of this file."""
+    with warnings.catch_warnings():  # TorchScript is frozen, hence stable; torch warns about it
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")
+        scripted = torch.jit.script(ExportedSAE(sae, dtype).eval())
+        data = scripted.save_to_buffer(_extra_files={"config.json": sae.config.to_json()})
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        for part in old.infolist():
+            if not part.filename.endswith(".debug_pkl"):
+                new.writestr(part, old.read(part))
+    return {"": file.getvalue()}
+
+def saelens_files(sae, dtype):
+    """SAELens's layout, version 6: cfg.json and sae_weights.safetensors."""
+    from safetensors.torch import save
+    cfg = sae.config
+    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    kind = {"architecture": "topk", "k": int(cfg.k)}
+    if cfg.activation != "topk":
+        kind, tensors["threshold"] = {"architecture": "jumprelu"}, sae.threshold().expand(cfg.n_latents)
+    metadata = dict(sae_lens_version="6.0.0", model_name=cfg.model, hf_hook_name=cfg.module or None,
+                    hook_name=None if cfg.module else f"blocks.{cfg.layer}.hook_{cfg.site}",
+                    context_size=cfg.context, prepend_bos=False, dataset_path=cfg.dataset,
+                    model_from_pretrained_kwargs={}, training_architecture=cfg.activation)
+    described = dict(kind, d_in=cfg.d_model, d_sae=cfg.n_latents, dtype="float32", device="cpu",
+                     apply_b_dec_to_input=True, reshape_activations="none", metadata=metadata,
+                     normalize_activations="layer_norm" if cfg.normalize == "token" else "none")
+    weights = save({name: t.detach().contiguous() for name, t in tensors.items()})
+    return {"cfg.json": json.dumps(described, indent=2).encode(), "sae_weights.safetensors": weights}
+
+def dictionary_learning_files(sae, dtype):
+    """The layout of dictionary_learning: config.json and ae.pt."""
+    cfg, topk = sae.config, sae.config.activation == "topk"
+    if cfg.normalize == "token" or cfg.activation == "jumprelu" or cfg.k % 1:
+        raise InputError("dictionary-learning knows one θ, a whole k and no standardised tokens; use saelens")
+    tensors = {"b_dec": sae.b_dec, "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
+               "decoder.weight": sae.W_dec.T, "k": torch.tensor(int(cfg.k), dtype=torch.int32),
+               "threshold": torch.tensor(-1.0) if topk else sae.theta}
+    torch.save({name: t.detach().contiguous() for name, t in tensors.items()}, file := io.BytesIO())
+    trainer = dict(trainer_class="TopKTrainer" if topk else "BatchTopKTrainer", k=int(cfg.k), layer=cfg.layer,
+                   dict_class="AutoEncoderTopK" if topk else "BatchTopKSAE", activation_dim=cfg.d_model,
+                   dict_size=cfg.n_latents, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
+    described = {"trainer": trainer, "buffer": {"ctx_len": cfg.context}}
+    return {"config.json": json.dumps(described, indent=2).encode(), "ae.pt": file.getvalue()}
+
+FORMATS = {"torchscript": torchscript_files, "saelens": saelens_files,
+           "dictionary-learning": dictionary_learning_files}
 
 @torch.no_grad()
-def export(sae: SAE, path: str | os.PathLike) -> float:
-    """Write the inference form as a TorchScript file that loads with torch.jit.load.
+def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format: str = "torchscript",
+           dtype: str = "float32", overwrite: bool = True) -> float:
+    """Write the inference form for other programs: a TorchScript file, or a folder that other packages load.
 
-    Its methods are ExportedSAE's; config.json lies in its extra files. It is loaded again and compared with
-    the SAE before it is put in place. Returns the largest absolute difference of f, usually 0.
-    Raises: Unavailable if θ was never estimated; RuntimeError if the reloaded file gives something else.
+    A TorchScript file has ExportedSAE's methods, and config.json in its extra files. It is loaded again and
+    compared with the SAE before it is put in place. Returns the largest absolute difference of f, usually 0.
+    Args: x [n, D], activations to compare on, by default made up; format, one of FORMATS; dtype, float16 for
+        half the size, in which only θ stays float32; overwrite, whether files that exist may be replaced.
+    Raises: Unavailable if θ was never estimated; InputError for an SAE that cannot come from training, one
+        that the format cannot hold, or a path in use; RuntimeError if the file gives something else.
     """
-    path, sae = Path(path), copy.deepcopy(sae).float().cpu()
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with warnings.catch_warnings():  # TorchScript is frozen, hence stable; torch warns about it
-            warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-            scripted = torch.jit.script(ExportedSAE(sae))
-            scripted.save(str(temporary), _extra_files={"config.json": sae.config.to_json()})
-            loaded = torch.jit.load(str(temporary))
-        generator, size = torch.Generator().manual_seed(0), float(sae.theta.nan_to_num(1.0))
-        chosen = torch.randint(len(sae.W_dec), (256, 8), generator=generator)
-        x = sae.b_dec + 4 * size * sae.W_dec[chosen].sum(1)  # rows that activate the SAE
-        x += size * torch.randn(x.shape, generator=generator)
-        f, expected, ((row, latent), value) = loaded(x), sae.encode(x), loaded.encode_sparse(x)
-        difference = float((f - expected).abs().max())
-        same = difference <= 1e-4 * float(expected.max()) and torch.equal(value, f[row, latent])
-        if not same or not torch.allclose(loaded.reconstruct(x), sae(x), atol=1e-4 * float(x.abs().max())):
+    for value, known in ((format, FORMATS), (dtype, ("float32", "float16"))):
+        if value not in known:
+            raise InputError(f"{value!r} is unknown; choose one of: {', '.join(known)}")
+    if format != "torchscript" and dtype != "float32":
+        raise InputError(f"{format} would round θ to {dtype} too; use torchscript, or float32")
+    sae, topk, difference = copy.deepcopy(sae).float().cpu(), sae.config.activation == "topk", 0.0
+    theta = sae.theta.nan_to_num(1.0) if topk else sae.threshold()
+    check_trained(sae, theta)
+    files = {Path(path, name): data for name, data in FORMATS[format](sae, getattr(torch, dtype)).items()}
+    for file in files:
+        check_replaceable(file, overwrite)
+    if format == "torchscript":
+        [data], tolerance = files.values(), 1e-4 if dtype == "float32" else 0.02
+        x = example_rows(sae, 2 * float(theta.mean())) if x is None else x.cpu()
+        encoder = torch.jit.load(io.BytesIO(data))
+        found, few = compare_exported(sae, encoder, x), x[:256]
+        difference, active = found["largest_difference"], found["l0"] * len(x)
+        if not active:
+            raise InputError("no latent is active on x: the SAE or its θ is wrong")
+        same = difference <= tolerance * found["largest"] and found["flipped"] <= tolerance * active
+        if not same or not encoder.reconstruct(few).allclose(sae(few), atol=tolerance * float(few.abs().max())):
             raise RuntimeError(f"the exported file differs from the SAE by {difference}; it was not kept")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for file, data in files.items():
+        write_atomically(file, data)
     return difference
+
+def check_trained(sae, theta):
+    """InputError for an SAE that cannot come from training."""
+    finite = all(t.isfinite().all() for t in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
+    for fine, what in [(finite, "weights that are not finite"),
+                       ((sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01, "decoder rows without norm 1"),
+                       (theta.isfinite().all() and theta.min() > 0, f"a threshold of {float(theta.min()):g}")]:
+        if not fine:
+            raise InputError(f"the SAE has {what}; no training leaves that")
+
+RUN_FILES = "sae.safetensors", "state.safetensors", "config.json", "metrics.jsonl", "evaluation.json"
+
+def check_replaceable(path, overwrite):
+    """InputError unless a file can be written here without destroying what should be kept."""
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise InputError(f"{str(path)!r} is not a regular file; give another path")
+    if path.name in RUN_FILES and any((path.parent / name).exists() for name in RUN_FILES[:2]):
+        raise InputError(f"{str(path)!r} is a file of a run; give another path")
+    if path.exists() and not overwrite:
+        raise InputError(f"{str(path)!r} exists; give another path, or --force")
+
+def example_rows(sae, size):
+    """256 made-up activations [n, D]: b_dec and k latents of one size each."""
+    chosen = torch.randint(len(sae.W_dec), (256, max(1, round(sae.config.k))), generator=generator_of(0))
+    return sae.b_dec.detach() + size * sae.W_dec.detach()[chosen].sum(1)
+
+@torch.no_grad()
+def compare_exported(sae: SAE, encoder: nn.Module, x: Tensor) -> dict:
+    """What an SAE and a TorchScript encoder make of x [n, D], all on one device.
+
+    Returns l0 and exported_l0; flipped, how many entries are active in one of them alone; and of those active
+    in both the largest value and the largest_difference.
+    """
+    counts, largest, difference = torch.zeros(3, device=x.device), 0.0, 0.0
+    for part in x.split(256):
+        expected, f = sae.encode(part), encoder(part)
+        ours, theirs = expected != 0, f != 0
+        counts += torch.stack([ours.sum(), theirs.sum(), (ours ^ theirs).sum()])
+        largest = max(largest, float(expected.max()))
+        difference = max(difference, float(((f - expected) * (ours & theirs)).abs().max()))
+    l0, exported_l0, flipped = counts.tolist()
+    return {"tokens": len(x), "l0": l0 / len(x), "exported_l0": exported_l0 / len(x), "flipped": int(flipped),
+            "largest": largest, "largest_difference": difference}

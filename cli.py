@@ -283,22 +283,46 @@ def l0_quantiles(histogram: list[int]) -> list[int]:
     below = list(accumulate(histogram))
     return [next(c for c, n in enumerate(below) if n >= share * below[-1]) for share in (0.05, 0.5, 0.95)]
 
-@app.command(epilog="Example: python cli.py export runs/tiny --out encoder.pt")
+@app.command(epilog="Example: python cli.py export runs/tiny --format saelens --out my-sae")
 def export(
     run: Run,
-    out_file: Annotated[Path | None, Option("--out", help="By default RUN/encoder.pt.")] = None,
+    out_path: Annotated[Path | None, Option("--out", help="By default in RUN: encoder.pt, or a folder.")] = None,
+    format: Annotated[str, Option(help=", ".join(bt.FORMATS) + ".")] = "torchscript",
+    dtype: Annotated[str, Option(help="float32, or float16 for half the size (θ stays float32).")] = "float32",
+    force: Annotated[bool, Option("--force", help="Replace what an earlier export wrote.")] = False,
     as_json: Json = False,
 ):
-    """Write the encoder as TorchScript: each token on its own, torch alone to run it."""
-    path = out_file or run / "encoder.pt"
-    difference = bt.export(bt.SAE.load(run), path)
-    size = path.stat().st_size
+    """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
+    path, sae = out_path or run / ("encoder.pt" if format == "torchscript" else format), bt.SAE.load(run)
+    with err.status("comparing with the SAE"):
+        x, what = activations_to_compare(sae, run)
+        bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
+        found = {"tokens": len(x), "l0": len(sae.encode_sparse(x)[1]) / len(x)}
+        if format == "torchscript":
+            found = bt.compare_exported(sae, torch.jit.load(path), x)
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     if as_json:
-        report = {"run": str(run), "file": str(path), "bytes": size, "largest_difference": difference}
-        print(json.dumps(report))
-    else:
-        tell(f"Wrote {path} ({size / 1e6:.1f} MB). Loaded again, it is within {difference:g} of the SAE.")
+        print(json.dumps({"run": str(run), "path": str(path), "bytes": size, "k": sae.config.k, **found}))
+        return
+    tell(f"Wrote {path} ({size / 1e6:.1f} MB). On {len(x):,} {what} the SAE has {found['l0']:.2f} active latents "
+         f"per token; k is {sae.config.k:g}.")
+    if format == "torchscript":
+        tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries differ, "
+             "the others by at most {largest_difference:.2g}.".format(active=found["l0"] * len(x), **found))
 
+def activations_to_compare(sae: bt.SAE, run: Path) -> tuple[torch.Tensor, str]:
+    """Held-out activations [n, D] of a run, or made-up ones of the same size; and what they are."""
+    cfg, size = sae.config, 2 * float(sae.threshold().detach().mean())
+    with contextlib.suppress(bt.Unavailable, bt.InputError):
+        lm = bt.LanguageModel.from_config(cfg)
+        if lm.d_model == cfg.d_model:
+            contexts = bt.held_out_contexts(cfg, lm.tokenizer)[1]
+            few = contexts[:: max(1, len(contexts) // 64)]
+            return bt.shuffled_activations(lm, few, cfg.model_batch).cpu(), "held-out tokens"
+    with contextlib.suppress(bt.InputError):
+        result = read_evaluation(run)["theta"]
+        size = (result["mse"] / result["fvu"] / cfg.k) ** 0.5
+    return bt.example_rows(sae, size), "made-up activations (its model or text is not at hand, so L0 need not be k)"
 
 # ---- latents ----
 

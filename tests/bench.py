@@ -2,6 +2,8 @@
 
     python tests/bench.py                                              # GPT-2 Small's shape, about 5 minutes
     python tests/bench.py --n-latents 6144 --batch-size 1024 --figure step.png
+    python tests/bench.py --export                                     # an exported encoder instead
+    python tests/bench.py --export runs/tiny/encoder.pt
 
 All is measured in turn, on synthetic activations. Results go to stdout, progress to stderr.
 """
@@ -92,6 +94,36 @@ def measure(cfg, repeat):
                              "step/product": step / product, "step/floor": step / floor,
                              "plain/step": quartiles[PLAIN][1] / step}
     return result
+
+@torch.no_grad()
+def measure_export(path, cfg, repeat):
+    """Medians of an exported encoder's methods, beside the linear layer in it; without a path random weights."""
+    if not path:
+        sae, folder = bt.SAE(cfg), tempfile.TemporaryDirectory()
+        path = Path(folder.name, "encoder.pt")
+        sae.theta.fill_(1.0)
+        bt.export(sae, path)
+    device = bt.resolve_device(cfg.device)
+    encoder = torch.jit.load(path, map_location=device)
+    F, D = encoder.W_enc.shape
+    direction = encoder.W_dec[torch.randint(F, (cfg.batch_size, 40), device=device)].sum(1)
+    z = direction[:256] @ encoder.W_enc.T  # at the scale below about k exceed θ in each row
+    scale = float(encoder.theta.nan_to_num(1.0).mean() / z.flatten().topk(int(len(z) * cfg.k)).values.min())
+    lines = [f"D {D}, F {F}; {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n",
+             f"{'rows':>6} {'L0':>6} {'linear, ms':>11} {'forward':>9} {'encode_sparse':>14} {'reconstruct':>12}"]
+    for rows in (1, cfg.batch_size):
+        x = encoder.b_dec + scale * direction[:rows]
+        runs = [lambda: torch.nn.functional.linear(x, encoder.W_enc, encoder.b_enc), lambda: encoder(x),
+                lambda: encoder.encode_sparse(x), lambda: encoder.reconstruct(x)]
+        samples = [[] for _ in runs]
+        for i in range(4 + repeat if rows > 1 else 20 * repeat):
+            for run, sample in zip(runs, samples):
+                sample += [seconds(run, device)][i < 4 :]  # the first few compile
+        linear, *others = map(statistics.median, samples)
+        ratios = (f"{t / linear:>{width}.2f}" for t, width in zip(others, (9, 14, 12)))
+        l0 = len(encoder.encode_sparse(x)[1]) / rows
+        lines.append(f"{rows:>6} {l0:>6.1f} {1e3 * linear:>11.4g} {' '.join(ratios)}")
+    print("\n".join(lines) + "\n\nmedians, in turn; the three methods as multiples of the linear layer")
 
 def dense_step(sae, batches):
     """What a GPU does well: the plain step in bfloat16, with PyTorch's fused Adam (without projection)."""
@@ -237,6 +269,7 @@ def main(arguments=None):
         ("figure", Path, None, "draw what each idea saves into this PNG"),
     ]:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--export", nargs="?", const="", metavar="FILE", help="time an exported encoder instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     a = parser.parse_args(arguments)
     try:
@@ -247,6 +280,8 @@ def main(arguments=None):
             raise bt.InputError(f"repeat is {a.repeat}; give 2 or more")
     except (bt.InputError, bt.Unavailable) as error:
         parser.error(str(error))
+    if a.export is not None:
+        return measure_export(a.export, cfg, a.repeat)
     result = measure(cfg, a.repeat)
     if a.figure:
         draw_savings(result, a.figure)

@@ -22,6 +22,13 @@ def test_bench_measures_every_part_and_draws_what_each_saves(tmp_path, capsys):
     assert result["matrix_bytes"] == 4 * 32 * 64 and all(peak > 0 for peak in result["peak_bytes"].values())
     assert (tmp_path / "deep" / "savings.png").read_bytes().startswith(b"\x89PNG")
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_bench_times_an_exported_encoder(capsys):
+    bench.main([*SHAPE, "--export"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert [row[0] for row in rows] == ["1", "32"] and all(float(n) > 0 for row in rows for n in row)
+    assert 2 < float(rows[1][1]) < 8, "about k latents are active"
+
 def test_the_tables_fit_eighty_columns_with_large_numbers_and_every_row(capsys):
     """Bug here once: a row for bfloat16 has a longer name, which left "437…" of "4375"."""
     names = [f"{name}, {dtype}" for name in ("encoder product", "step") for dtype in ("float32", "bfloat16")]

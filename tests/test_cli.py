@@ -70,13 +70,35 @@ def test_eval_repeats_what_train_measured_and_needs_no_network(run):
         assert {m: json.loads(stdout)[selection][m] for m in METRICS} == pytest.approx({m: expected[m] for m in METRICS}, rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_export_writes_what_the_sae_computes(run, tmp_path):
     path = tmp_path / "encoder.pt"
     printed = json.loads(invoke("export", run[0], "--out", path, "--json").stdout)
-    assert printed["largest_difference"] == 0 and printed["bytes"] == path.stat().st_size
+    assert printed["largest_difference"] == printed["flipped"] == 0 and printed["bytes"] == path.stat().st_size
+    assert printed["l0"] == printed["exported_l0"] == pytest.approx(run[1]["theta"]["l0"], rel=0.1)
     x = torch.randn(5, 256) * 20
     torch.testing.assert_close(torch.jit.load(path)(x), bt.SAE.load(run[0]).encode(x))
+    refused = invoke("export", run[0], "--out", path)
+    assert refused.exit_code == 2 and "exists; give another path, or --force" in refused.stderr
+    half = invoke("export", run[0], "--out", path, "--dtype", "float16", "--force")
+    assert half.exit_code == 0 and re.search(r"Wrote .* has \d+\.\d\d; \d+ of [\d,]+ active entries differ", half.stdout, re.S)
+    for refused in (["--format", "onnx"], ["--format", "saelens", "--dtype", "float16"], ["--out", run[0] / "config.json"]):
+        assert invoke("export", run[0], *refused, "--force").exit_code == 2
+
+def test_export_without_the_model_compares_on_made_up_activations_of_the_same_size(run, planted_sae, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    sae = bt.SAE.load(run[0])
+    sae.config = dataclasses.replace(sae.config, model="/nowhere/model")
+    sae.save(tmp_path / "run")
+    planted_sae.save(tmp_path / "other")  # trained on activations of no language model
+    for folder in ("run", "other"):
+        done = invoke("export", tmp_path / folder, "--format", "saelens")
+        assert done.exit_code == 0 and "made-up activations" in done.stdout, done.output
+        assert (tmp_path / folder / "saelens" / "cfg.json").is_file()
+    x, what = cli.activations_to_compare(sae, tmp_path / "run")
+    result = run[1]["theta"]
+    norm = (x - sae.b_dec.detach()).square().sum(1).mean()
+    assert norm == pytest.approx(result["mse"] / result["fvu"], rel=0.5) and "made-up" in what
 
 
 @pytest.mark.parametrize("command, left_out", [("train", {"d_model"}), ("compare", {"d_model", "seed"})])
