@@ -105,6 +105,7 @@ def reason(error: BaseException | None) -> str:
 def quieten_libraries():
     """No banners, bars or advice from the libraries on the way to a result; warnings in a line."""
     warnings.showwarning = lambda message, *where: say(f"warning: {message}")
+    warnings.filterwarnings("ignore", message=".*torch.jit.*")  # deprecated, but what users asked for
     for library in ("HF_HUB", "TRANSFORMERS", "DATASETS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "critical")
     for name in ("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
@@ -286,14 +287,14 @@ def l0_quantiles(histogram: list[int]) -> list[int]:
 @app.command(epilog="Example: python cli.py export runs/tiny --format saelens --out my-sae")
 def export(
     run: Run,
-    out_path: Annotated[Path | None, Option("--out", help="By default in RUN: encoder.pt, or a folder.")] = None,
+    out_path: Annotated[Path | None, Option("--out", help="By default in RUN: encoder.pt or a folder.")] = None,
     format: Annotated[str, Option(help=", ".join(bt.FORMATS) + ".")] = "torchscript",
     dtype: Annotated[str, Option(help="float32, or float16 for half the size (θ stays float32).")] = "float32",
     force: Annotated[bool, Option("--force", help="Replace what an earlier export wrote.")] = False,
     as_json: Json = False,
 ):
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
-    path, sae = out_path or run / ("encoder.pt" if format == "torchscript" else format), bt.SAE.load(run)
+    sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
         x, what = activations_to_compare(sae, run)
         bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
@@ -304,15 +305,15 @@ def export(
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "bytes": size, "k": sae.config.k, **found}))
         return
-    tell(f"Wrote {path} ({size / 1e6:.1f} MB). On {len(x):,} {what} the SAE has {found['l0']:.2f} active latents "
-         f"per token; k is {sae.config.k:g}.")
+    tell(f"Wrote {path} ({size / 1e6:.1f} MB). On {len(x):,} {what} the SAE has {found['l0']:.2f} active "
+         f"latents per token; k is {sae.config.k:g}.")
     if format == "torchscript":
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries differ, "
              "the others by at most {largest_difference:.2g}.".format(active=found["l0"] * len(x), **found))
 
 def activations_to_compare(sae: bt.SAE, run: Path) -> tuple[torch.Tensor, str]:
     """Held-out activations [n, D] of a run, or made-up ones of the same size; and what they are."""
-    cfg, size = sae.config, 2 * float(sae.threshold().detach().mean())
+    cfg, size = sae.config, 4 * float(sae.threshold().detach().mean())
     with contextlib.suppress(bt.Unavailable, bt.InputError):
         lm = bt.LanguageModel.from_config(cfg)
         if lm.d_model == cfg.d_model:
@@ -321,8 +322,9 @@ def activations_to_compare(sae: bt.SAE, run: Path) -> tuple[torch.Tensor, str]:
             return bt.shuffled_activations(lm, few, cfg.model_batch).cpu(), "held-out tokens"
     with contextlib.suppress(bt.InputError):
         result = read_evaluation(run)["theta"]
-        size = (result["mse"] / result["fvu"] / cfg.k) ** 0.5
-    return bt.example_rows(sae, size), "made-up activations (its model or text is not at hand, so L0 need not be k)"
+        size = (result["mse"] / result["fvu"]) ** 0.5
+    x = sae.b_dec.detach() + size * sae.W_dec.detach()[:256]
+    return x, "made-up activations (its model or text is not at hand, so L0 need not be k)"
 
 # ---- latents ----
 
