@@ -15,11 +15,13 @@ best use of a budget of k·B entries.
 Dimensions:  B tokens in a batch   D width of the activations   F latents   N = int(k·B) entries kept
 
 Part one is the method and trains by itself:   1 configuration  2 selection  3 SAE  4 loss  5 θ  6 training
-Part two makes it fast and practical:          7 sparse step  8 activations  9 runs  10 evaluation  11 export
+Part two makes it fast and practical:          7 sparse step  8 several processes  9 activations  10 runs
+                                               11 evaluation  12 export
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -43,6 +45,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
@@ -215,16 +218,20 @@ def row_topk(z: Tensor, k: int) -> Tensor:
 # ---- 3. The sparse autoencoder -------------------------------
 
 class SAE(nn.Module):
-    """A sparse autoencoder. It takes and returns activations in the model's own units."""
+    """A sparse autoencoder. It takes and returns activations in the model's own units.
 
-    def __init__(self, config: Config):
+    Under torchrun the one that a Trainer trains has only this process's share of the latents (section 8).
+    """
+
+    def __init__(self, config: Config, share: slice = slice(None)):
         super().__init__()
         self.config = config
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
-        rows = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
+        rows = functional.normalize(torch.randn(F, D, generator=generator)[share], dim=1)
         norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # the authors' kaiming_uniform
         self.W_enc = nn.Parameter(norm * rows)  # [F, D], SAELens's transposed: latent j reads along row j
         self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes along row j, which has norm 1
+        F = len(rows)
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
         if config.activation == "jumprelu":
@@ -319,9 +326,10 @@ class SAE(nn.Module):
 
     def save(self, folder: str | os.PathLike):
         """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
-        config = self.config.to_json()
-        save_tensors(Path(folder) / "sae.safetensors", self.state_dict(), config)
-        write_atomically(Path(folder) / "config.json", config.encode())
+        config, tensors = self.config.to_json(), processes.all_latents(self.state_dict())
+        if processes.rank == 0:
+            save_tensors(Path(folder) / "sae.safetensors", tensors, config)
+            write_atomically(Path(folder) / "config.json", config.encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: str = "cpu") -> SAE:
@@ -371,15 +379,16 @@ def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     Z is taken before the ReLU, after which a latent with negative Z on all tokens would get no gradient. e is
     detached, so that live latents get no gradient from L_aux. If many latents are dead, only the first tokens
     of the batch are used, which bounds the cost. W_enc, b_enc and W_dec are the rows of the dead latents.
+    Of several processes each takes its share of k_aux from its own dead latents.
     """
-    n_dead = len(b_enc)
+    n_dead = processes.total(len(b_enc))
     if not n_dead or not cfg.aux_k:
         return x.new_zeros(())
     n_rows = min(len(x), max(1, int(AUX_SHARE * len(x) * cfg.n_latents / n_dead)))
     z = functional.linear(x[:n_rows] - b_dec, W_enc, b_enc)
-    values, latent = z.topk(min(cfg.aux_k, n_dead), dim=1, sorted=False)
+    values, latent = z.topk(min(-(-cfg.aux_k // processes.size), len(b_enc)), dim=1, sorted=False)
     f = torch.zeros_like(z).scatter(1, latent, values)
-    return (residual[:n_rows] - f @ W_dec).square().sum(1).mean()
+    return (residual[:n_rows] - processes.sum_(f @ W_dec)).square().sum(1).mean()
 
 # JumpReLU (Rajamanoharan et al. 2024) is a rival, here for comparison. The method goes on in section 5.
 
@@ -437,7 +446,8 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
         judge.b_enc.div_(sae.threshold())
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
         value = judge.active_entries(judge.as_rows(x), "batch")[2]
-        smallest += [float(value.min())] if len(value) else []
+        least = processes.least(float(value.min()) if len(value) else math.inf)
+        smallest += [least] if least < math.inf else []
     mean = sum(smallest) / len(smallest) if smallest else math.nan
     if not math.isfinite(mean):
         raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
@@ -461,6 +471,26 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
         yield torch.cat(pending)
 
 # ---- 6. Training ---------------------------------------------
+
+class OneProcess:
+    """What several processes combine under torchrun (section 8). One alone keeps what it has."""
+    rank, size = 0, 1
+
+    def own(self, x):
+        return x
+
+    sum_ = total = least = concatenate = first = all_latents = own
+
+    def gather(self, t):
+        return t[None]
+
+    def largest(self, index, value, n):
+        return index, value
+
+    def share(self, cfg):
+        return slice(None)
+
+processes = OneProcess()
 
 def plain_step(trainer: Trainer, x: Tensor, lr: float):
     """One step on standardised x [B, D]. Returns mse, aux, and of active entries latent and value."""
@@ -500,14 +530,14 @@ class Trainer:
 
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
-        self.sae = SAE(cfg).to(self.device)
+        self.sae = SAE(cfg, processes.share(cfg)).to(self.device)
         self.tokens_seen, self.steps, self.seconds, self.theta_updates = 0, 0, 0.0, 0
         self.scale = self.variance = 0.0  # s, and the variance of the first batch; 0 until they are set
         self.last_threshold = 0.0  # smallest entry kept by the last step
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
         self.moments = {f"{name}.{moment}": torch.zeros_like(parameter, requires_grad=False)
                         for name, parameter in self.sae.named_parameters() for moment in ("mean", "square")}
-        self.moments["updates"] = torch.zeros(cfg.n_latents, device=self.device)  # steps with a gradient
+        self.moments["updates"] = torch.zeros_like(self.sae.b_enc.data)  # steps with a gradient
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
@@ -535,18 +565,20 @@ class Trainer:
         sae.tokens_since_fired.add_(len(x)).index_fill_(0, latent, 0)
         self.tokens_seen += len(x)
         self.steps += 1
-        l0, sparsity, smallest = len(value) / len(x), 0.0, float(value.min()) if len(value) else math.nan
+        n_active, sparsity = processes.total(len(value)), 0.0
+        l0, smallest = n_active / len(x), float(value.min()) if len(value) else math.inf
+        smallest = processes.least(smallest) if n_active else math.nan
         if penalty:
             sparsity = penalty[0] * l0
             self.l0_coef *= (max(l0, 1 / len(x)) / cfg.k) ** L0_RATE
-        elif len(value):
+        elif n_active:
             self.last_threshold = smallest
             if cfg.activation == "jumprelu":
                 sae.log_threshold.data.fill_(math.log(smallest))
             else:
                 self.theta_updates += 1
                 update_theta_(sae, smallest, self.theta_updates)
-        total, dead = mse + cfg.aux_coef * aux + sparsity, int(sae.is_dead().sum())
+        total, dead = mse + cfg.aux_coef * aux + sparsity, int(processes.total(int(sae.is_dead().sum())))
         self.seconds += time.perf_counter() - started
         return StepStats(total, mse, aux, mse / self.variance, l0, dead, smallest, lr)
 
@@ -692,8 +724,10 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
             index, value = index[best], value[best]
             threshold = value.min().expand(n_latents)
         start, size = part.stop, min(2 * size, chunk)
-    if n is not None and hint and len(value) < n:
-        return find_entries(sae, centred, 0.0, n, dtype)
+    if n is not None:
+        if hint and processes.total(len(value)) < n:
+            return find_entries(sae, centred, 0.0, n, dtype)
+        index, value = processes.largest(index, value, n)
     latent = index // n_rows
     return latent, index - latent * n_rows, value
 
@@ -730,7 +764,7 @@ def sparse_entries(sae, rows, selection):
 @torch.no_grad()
 def sparse_step(trainer, x, lr):
     """plain_step, sparse. Entry i of f has a row r_i, a latent l_i and a value v_i."""
-    sae, cfg, penalty, n_latents = trainer.sae, trainer.cfg, trainer.penalty(), trainer.cfg.n_latents
+    sae, cfg, penalty, n_latents = trainer.sae, trainer.cfg, trainer.penalty(), len(trainer.sae.b_enc)
     centred, dtype = x - sae.b_dec, product_dtype(cfg, x.device)
     # Search
     if penalty:
@@ -743,7 +777,7 @@ def sparse_step(trainer, x, lr):
     # Reconstruct: for each row a sum of decoder rows
     order, starts = row.argsort(stable=True), group_starts(latent, n_latents)
     x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row[order], len(x)))
-    residual = torch.sub(centred, x_hat, out=x_hat)
+    residual = torch.sub(centred, processes.sum_(x_hat), out=x_hat)
     mse, dead = residual.square().sum(1).mean(), sae.is_dead().nonzero().squeeze(1)
     with torch.enable_grad():  # dense over the dead latents, differentiated by autograd
         rows = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
@@ -757,7 +791,7 @@ def sparse_step(trainer, x, lr):
     d_f = sampled_product(sae.W_dec, g, latent, row)  # ∂mse/∂f_i = g[r_i] · W_dec[l_i]
     d_value = d_f * (value > 0)
     d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)
-    d_b_dec = g.sum(0) - d_b_enc @ sae.W_enc  # the decoder's share and the encoder's, a vector times a matrix
+    d_b_dec = g.sum(0) - processes.sum_(d_b_enc @ sae.W_enc)  # the encoder's share is a vector times a matrix
     gradient, active = {"b_dec": d_b_dec}, latent[value > 0]
     touched = torch.zeros_like(sae.b_enc, dtype=torch.bool).index_fill_(0, active, True)
     if penalty:  # as in JumpReLU.backward
@@ -765,7 +799,7 @@ def sparse_step(trainer, x, lr):
         gradient["log_threshold"] = -theta * torch.zeros_like(theta).index_add_(0, latent, falling)
     if d_aux:
         d_b_enc.index_add_(0, dead, d_aux[1])
-        d_b_dec += d_aux[3]
+        d_b_dec += processes.sum_(d_aux[3])
         touched[dead] |= d_aux[2].any(1)
     trainer.update_(gradient, lr)
     # Weight gradients, for each latent a sum of rows, and the update, while a few of them are in the cache
@@ -817,7 +851,97 @@ def multiplies_bfloat16(device):
     flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 cannot tell
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
-# ---- 8. Activations of a language model ----------------------
+# ---- 8. Several processes ------------------------------------
+
+# Under torchrun every process trains its share of the latents on all tokens of the batch. Weights, gradients
+# and moments are never sent, only activations, the largest values and reconstructions.
+
+class Torchrun(OneProcess):
+    """The processes that torchrun started: NCCL for GPUs, one for each process, else gloo."""
+
+    def __init__(self, device: torch.device):
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
+
+    def call(self, collective, *arguments):
+        try:
+            collective(*arguments)
+        except RuntimeError:
+            raise Unavailable("another process of this run has ended") from None
+
+    def sum_(self, t):
+        """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
+        self.call(dist.all_reduce, t.data)
+        return t
+
+    def gather(self, t):
+        """[size, …]: the tensors of all processes, of one shape."""
+        parts = torch.empty(self.size, *t.shape, dtype=t.dtype, device=t.device)
+        self.call(dist.all_gather, list(parts), t)
+        return parts
+
+    def first(self, x):
+        """What process 0 has."""
+        self.call(dist.broadcast_object_list, box := [x])
+        return box[0]
+
+    def concatenate(self, x):
+        """Rows [m, D] of all processes, one after another."""
+        counts = self.gather(torch.tensor(len(x), device=x.device)).tolist()
+        rows, start = torch.zeros(sum(counts), x.shape[1], device=x.device), sum(counts[: self.rank])
+        rows[start : start + len(x)] = x
+        return self.sum_(rows).to(x.dtype)
+
+    def total(self, number):
+        return float(self.sum_(torch.tensor(number, dtype=torch.float64, device=self.device)))
+
+    def least(self, number):
+        return float(self.gather(torch.tensor(number, dtype=torch.float64, device=self.device)).min())
+
+    def largest(self, index, value, n):
+        """This process's of the n largest entries; each brings its own n largest, or fewer.
+
+        Of entries equal to the smallest kept one the first processes keep more.
+        """
+        values = self.gather(functional.pad(value, [0, n - len(value)]))  # [size, n]; 0 is padding
+        threshold = values.flatten().topk(n).values.min()
+        places = n - int((values > threshold).sum()) - int((values[: self.rank] == threshold).sum())
+        equal = (value == threshold).nonzero().squeeze(1)
+        keep = (value > threshold).index_fill_(0, equal[: max(0, places)], True)
+        return index[keep], value[keep]
+
+    def share(self, cfg):
+        if cfg.n_latents % self.size or cfg.step == "plain" or cfg.activation == "topk":
+            raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a multiple "
+                             f"of {self.size}, and train with --step sparse, and not topk")
+        n = cfg.n_latents // self.size
+        return slice(self.rank * n, (self.rank + 1) * n)
+
+    def all_latents(self, state):
+        """A state_dict with the latents of all processes, in the memory of process 0's machine."""
+        for name, mine in state.items() if self.size > 1 else ():
+            if name not in ("b_dec", "theta"):
+                parts = [mine.cpu()]
+                for other in range(1, self.size):
+                    if self.rank == 0:
+                        dist.recv(part := torch.empty_like(mine), other)
+                        parts.append(part.cpu())
+                    elif self.rank == other:
+                        dist.send(mine.contiguous(), 0)
+                state[name] = torch.cat(parts)
+        return state
+
+def join_processes(device: str):
+    """Under torchrun, join the other processes; otherwise do nothing."""
+    global processes
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes.size == 1:
+        processes = Torchrun(resolve_device(device))
+
+# ---- 9. Activations of a language model ----------------------
 
 TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  # the embedded default model
 
@@ -868,8 +992,13 @@ class LanguageModel:
         raise InputError("the module at this site returns no tensor [n, T, D]; choose another")
 
     def kept_activations(self, ids: Tensor) -> Tensor:
-        """Activations [m, D] at the positions of ids [n, T] that the SAE reads."""
-        return self.activations(ids)[self.is_kept(ids)]
+        """Activations [m, D] at the positions of ids [n, T] that the SAE reads.
+
+        Of several processes each runs its share of the contexts.
+        """
+        ids = ids.tensor_split(processes.size)[processes.rank]
+        nothing = torch.zeros(0, self.d_model, dtype=self.model.dtype, device=self.device)
+        return processes.concatenate(self.activations(ids)[self.is_kept(ids)] if len(ids) else nothing)
 
     def logits(self, ids: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits [n, T, V] for ids [n, T]. `edit`, if given, replaces the kept activations [m, D]."""
@@ -1055,7 +1184,7 @@ def shuffled_activations(lm, ids, model_batch):
     x = torch.cat([lm.kept_activations(part) for part in ids.split(model_batch)]).float()
     return x[torch.randperm(len(x), generator=generator_of(0)).to(x.device)]
 
-# ---- 9. Runs -------------------------------------------------
+# ---- 10. Runs ------------------------------------------------
 
 # SAEs trained together may differ in these
 OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", "beta1", "beta2", "warmup",
@@ -1077,11 +1206,11 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
         resume; OSError for a file that cannot be written.
     """
     folder, first, largest = Path(folder), next(iter(configs.values())), check_shared(configs)
-    check_run_folder(folder, resume)
+    if processes.rank == 0:
+        check_run_folder(folder, resume)
     with locked(folder):
-        check_room(configs, folder)
-        for leftover in folder.rglob("*." + "[0-9a-f]" * 8 + ".tmp"):
-            leftover.unlink()
+        if processes.rank == 0:
+            check_room(configs, folder)
         trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
         held_out = held_out_contexts(first, lm.tokenizer)
         calibration, evaluation = (shuffled_activations(lm, ids, first.model_batch) for ids in held_out)
@@ -1095,31 +1224,44 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
             result = evaluate_run(trainer.sae, lm, folder / name, (held_out[1], evaluation))
             dead = float(trainer.sae.is_dead().float().mean())
             results.append({**result, "step_seconds": trainer.seconds, "dead": dead})
-            write_atomically(folder / name / "evaluation.json", json.dumps(results[-1]).encode())
-        (folder / "state.safetensors").unlink()
+            if processes.rank == 0:
+                write_atomically(folder / name / "evaluation.json", json.dumps(results[-1]).encode())
+        processes.total(0)  # all is written
+        state_path(folder, trainer.tokens_seen).unlink()
     return results
 
 def train_trainers(trainers, largest, lm, folder, probe, on_step):
     """The training of train_runs, from its start or its last saved state, which it leaves at the end too."""
     first = next(iter(trainers.values())).cfg
-    state, texts = folder / "state.safetensors", {name: t.cfg.to_json() for name, t in trainers.items()}
+    texts = {name: t.cfg.to_json() for name, t in trainers.items()}
     at, tokens, between_steps, saved = Position(), 0, True, (time.monotonic(), 0)
 
     def save():
-        tensors = {"position": torch.tensor(at)}
+        tensors, failure = {"position": torch.tensor(at)}, None
         for name, trainer in trainers.items():
             tensors |= {f"{name}/{key}": value for key, value in trainer.state_dict().items()}
-        save_tensors(state, tensors, json.dumps(texts))
+        try:
+            save_tensors(state_path(folder, tokens), tensors, json.dumps(texts))
+        except OSError as error:
+            failure = error
+        if processes.total(failure is not None):  # wait until all have written
+            raise failure or OSError("another process could not save its state")
+        for old in folder.glob(state_path(folder, "*").name):
+            if old != state_path(folder, tokens):
+                old.unlink()
 
-    if state.is_file():
-        tensors = load_tensors(state, json.dumps(texts))
+    if states := saved_states(folder):
+        n, tokens = states[-1]
+        if n != processes.size:
+            raise Unavailable(f"{str(folder)!r} was saved by {n} processes; continue it with as many")
+        tensors = load_tensors(state_path(folder, tokens), json.dumps(texts))
         at = Position(*tensors["position"].tolist())
         for name, trainer in trainers.items():
             trainer.load_state_dict({key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()
                                      if key.startswith(f"{name}/")})
             tokens = trainer.tokens_seen
     records = {name: read_records(folder / name / "metrics.jsonl", tokens) for name in trainers}
-    for name, text in texts.items():
+    for name, text in texts.items() if processes.rank == 0 else ():
         write_atomically(folder / name / "config.json", text.encode())
     batches = activation_batches(dataclasses.replace(largest, seed=first.seed), lm, at)
     try:
@@ -1135,23 +1277,42 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
                     if tokens * 10 // first.tokens > before * 10 // first.tokens:
                         records[name][-1]["held_out"] = to_json_values(evaluate(trainer.sae, [probe]))
                     lines = "".join(json.dumps(record) + "\n" for record in records[name])
-                    write_atomically(folder / name / "metrics.jsonl", lines.encode())
-            if on_step:
-                on_step(tokens, stats)
+                    if processes.rank == 0:
+                        write_atomically(folder / name / "metrics.jsonl", lines.encode())
+            stopped = False
+            try:
+                on_step(tokens, stats) if on_step else None
+            except KeyboardInterrupt:
+                stopped = True
+            if processes.total(stopped):
+                raise KeyboardInterrupt
             minutes = (time.monotonic() - saved[0]) / 60
-            if minutes > first.checkpoint_minutes or 0 < first.checkpoint_tokens <= tokens - saved[1]:
+            due = minutes > first.checkpoint_minutes or 0 < first.checkpoint_tokens <= tokens - saved[1]
+            if processes.total(due):
                 saved = time.monotonic(), tokens
                 try:
                     save()
                 except OSError as error:
                     warnings.warn(f"{error}; training goes on without this saved state")
-    except (KeyboardInterrupt, InputError, Unavailable):
-        if between_steps:  # otherwise the state is not consistent, and the last one saved stands
+    except (KeyboardInterrupt, InputError, Unavailable) as error:
+        alone = processes.size > 1 and not isinstance(error, KeyboardInterrupt)
+        if between_steps and not alone:  # otherwise the state is not consistent, and the last one saved stands
             save()
         raise
     finally:
         batches.close()
     save()  # what is trained is not lost if the rest is stopped
+
+def state_path(folder, tokens):
+    """Where this process saves its state. The states of several processes belong together by their tokens."""
+    several = f"-{tokens}-{processes.rank}-of-{processes.size}" if processes.size > 1 else ""
+    return folder / f"state{several}.safetensors"
+
+def saved_states(folder: Path) -> list[tuple[int, int]]:
+    """What a run can be continued from: (number of processes, tokens) of each state that is whole."""
+    found = [path.stem.split("-") for path in folder.glob("state*.safetensors")]
+    sets = [(int(parts[4]), int(parts[1])) if parts[1:] else (1, 0) for parts in found]
+    return sorted(key for key in set(sets) if sets.count(key) == key[0])
 
 def read_records(path, tokens):
     """The records of metrics.jsonl up to a number of tokens; what is not a record is left out."""
@@ -1178,13 +1339,16 @@ def check_run_folder(folder: Path, resume: bool = False):
         raise Unavailable(f"run {str(folder)!r} exists; choose another name, or continue it with --resume")
     if resume and not any(folder.glob("**/config.json")):
         raise Unavailable(f"{str(folder)!r} holds no run; give the folder of an interrupted one")
-    if resume and any(folder.glob("**/evaluation.json")) and not (folder / "state.safetensors").is_file():
+    if resume and any(folder.glob("**/evaluation.json")) and not saved_states(folder):
         raise Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Make a folder and hold it for this process alone, as long as it lives."""
+    """Make a folder and hold it for this run alone, as long as its process 0 lives."""
     import fcntl
+    if processes.rank:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder, os.O_RDONLY)
     try:
@@ -1192,6 +1356,8 @@ def locked(folder: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Unavailable(f"another process is writing to {str(folder)!r}") from None
+        for leftover in folder.rglob("*." + "[0-9a-f]" * 8 + ".tmp"):
+            leftover.unlink()
         yield
     finally:
         os.close(file)
@@ -1203,7 +1369,7 @@ def check_room(configs, folder):
     memory = state + 4 * cfg.d_model * (cfg.buffer_tokens + 2 * cfg.eval_tokens)
     device, free = resolve_device(cfg.device), shutil.disk_usage(folder).free
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    has = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else pages
+    has = processes.size * torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else pages
     for what, wanted, there in (("memory", memory, has), ("disk", 2 * state, free)):
         if wanted > there:
             raise InputError(f"the run wants {wanted / 1e9:.1f} GB of {what}; there are {there / 1e9:.1f}")
@@ -1247,7 +1413,7 @@ def checksum(tensors, config):
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# ---- 10. Evaluation ------------------------------------------
+# ---- 11. Evaluation ------------------------------------------
 
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = None,
@@ -1274,7 +1440,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
             x_hat, row, latent = reconstruct(sae, x, selection)
             error = exact - x_hat
             found.append((error.square().sum(), (error / std).square().sum(),
-                          torch.bincount(row, minlength=len(x)),
+                          processes.sum_(torch.bincount(row, minlength=len(x))),
                           torch.bincount(latent, minlength=len(sae.b_enc))))
     if n == 0:
         raise InputError("there is nothing to evaluate: the batches hold no activations")
@@ -1283,7 +1449,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
     result = {"tokens": n}
     for selection, found in parts.items():
         error, own_error, active, fired = zip(*found)
-        active, density = torch.cat(active), sum(fired) / n
+        active, density = torch.cat(active), processes.gather(sum(fired)).flatten() / n
         fvu = float(sum(error)) / variance if variance > 0 else math.nan
         result[selection] = {
             "fvu": fvu, "explained_variance": 1 - fvu, "mse": float(sum(error)) / n,
@@ -1296,7 +1462,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
 def reconstruct(sae, x, selection):
     """SAE.forward of x [B, D] from the active entries alone, and their rows and latents."""
     row, latent, value = sae.active_entries(sae.as_rows(x), selection)
-    x_hat = sum_rows(sae.W_dec, latent, value, group_starts(row, len(x)))
+    x_hat = processes.sum_(sum_rows(sae.W_dec, latent, value, group_starts(row, len(x))))
     return sae.restore(x_hat + sae.b_dec, x), row, latent
 
 @torch.no_grad()
@@ -1349,7 +1515,7 @@ def to_json_values(metrics):
             None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items() if not isinstance(value, Tensor)}
 
-# ---- 11. Export ----------------------------------------------
+# ---- 12. Export ----------------------------------------------
 
 class ExportedSAE(nn.Module):
     """The inference form of an SAE for TorchScript, f = z · 1[z > θ]: nothing here depends on the batch.

@@ -5,6 +5,7 @@
     python cli.py export runs/tiny  # a TorchScript encoder that depends on no batch
     python cli.py latents runs/tiny # what single latents respond to and write
     python cli.py compare           # BatchTopK, TopK and JumpReLU on the same activations, three seeds
+    torchrun --nproc-per-node 2 cli.py train    # one SAE on several devices, its latents shared among them
 
 Results go to stdout, progress to stderr. A mistake ends in one line and exit code 2 (usage) or 1.
 """
@@ -122,7 +123,9 @@ class Commands(typer.core.TyperGroup):
             super().invoke(context)
         except (bt.InputError, bt.Unavailable, OSError) as error:
             why = reason(error.__cause__) if isinstance(error, bt.Unavailable) else ""
-            parts = [f"error: {error}" + (f" ({why})" if why else ""), *getattr(error, "__notes__", ())]
+            who = f"process {bt.processes.rank}: " if bt.processes.rank else ""
+            err.quiet = isinstance(error, bt.InputError) and bool(who)  # all processes make the same mistakes
+            parts = [f"{who}error: {error}" + (f" ({why})" if why else ""), *getattr(error, "__notes__", ())]
             say(" ".join("; ".join(parts).split()))
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
 
@@ -149,6 +152,7 @@ def train(
         if given or name is not None or expansion is not None:
             raise bt.InputError("--resume continues a run as it was configured; leave out other options")
         cfg, folder = bt.Config.load(resume), resume
+        bt.join_processes(cfg.device)
         if finished(folder, [folder]):
             return show_metrics(read_evaluation(folder), as_json)
     else:
@@ -157,10 +161,16 @@ def train(
         if expansion is not None and "n_latents" in given:
             raise bt.InputError("--expansion and --n-latents set the same; give one of them")
         cfg = bt.Config.preset(preset, recipe, **{"d_model": 1, **given})
-        folder = free_folder(out_folder, preset) if name is None else out_folder / name
-        bt.check_run_folder(folder)
-    [result] = train_with_bar({"": cfg}, folder, f"python cli.py train --resume {folder}", expansion)
-    show_metrics(result, as_json)
+        bt.join_processes(cfg.device)
+        folder = out_folder / (name or "")
+        if bt.processes.rank == 0:
+            folder = free_folder(out_folder, preset) if name is None else folder
+            bt.check_run_folder(folder)
+        folder = bt.processes.first(folder)
+    several = f"torchrun --nproc-per-node {bt.processes.size}" if bt.processes.size > 1 else "python"
+    [result] = train_with_bar({"": cfg}, folder, f"{several} cli.py train --resume {folder}", expansion)
+    if bt.processes.rank == 0:
+        show_metrics(result, as_json)
     if not as_json:
         tell(f"\nSaved in {folder}. Next: python cli.py export {folder}")
 
@@ -171,6 +181,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
     Ctrl-C or SIGTERM ends training after a step, so that the saved state is whole; a second one at once.
     """
     cfg, stopped = next(iter(configs.values())), 0
+    out.quiet = err.quiet = bt.processes.rank > 0
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
                         console=err, transient=True, disable=not err.is_terminal)
     progress.add_task("loading the model and text", total=None)
@@ -178,11 +189,12 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
 
     def stop(number: int, frame: Any):
         nonlocal stopped
-        if stopped or task.total is None or task.finished:
+        if stopped and bt.processes.size == 1 or task.total is None or task.finished:  # torchrun sends two
             os.write(2, f"stopped; continue with: {again}\n".encode() if task.total else b"stopped\n")
             raise SystemExit(128 + number)
         stopped = number
-        os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
+        if bt.processes.rank == 0:
+            os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
     def on_step(tokens: int, stats: list[bt.StepStats]):
         begins = task.total is None
@@ -209,7 +221,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
         say(f"saved; continue with: {again}")
         raise typer.Exit(128 + stopped) from None
     except (bt.InputError, bt.Unavailable, OSError) as error:
-        if (folder / "state.safetensors").is_file():
+        if bt.saved_states(folder):
             error.add_note(f"the run is saved; continue with: {again}")
         raise
     finally:
@@ -220,8 +232,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
 
 def finished(folder: Path, runs: list[Path]) -> bool:
     """Whether runs that were trained together in a folder are trained and evaluated."""
-    state = (folder / "state.safetensors").is_file()
-    return not state and all((run / "evaluation.json").is_file() for run in runs)
+    return not bt.saved_states(folder) and all((run / "evaluation.json").is_file() for run in runs)
 
 def read_evaluation(run: Path) -> Record:
     """What train_runs found of a run."""

@@ -4,11 +4,13 @@
     python tests/bench.py --n-latents 6144 --batch-size 1024 --figure step.png
     python tests/bench.py --export                                     # an exported encoder instead
     python tests/bench.py --export runs/tiny/encoder.pt
+    torchrun --nproc-per-node 2 tests/bench.py --shared                # one step of two processes
 
 All is measured in turn, on synthetic activations. Results go to stdout, progress to stderr.
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -36,11 +38,7 @@ def measure(cfg, repeat):
     their moments, read and written) and 16·N·D (a row for each kept entry in decoding and three gradients).
     """
     device, n = bt.resolve_device(cfg.device), cfg.n_kept(cfg.batch_size)
-    generator, batches = torch.Generator().manual_seed(0), []
-    directions = torch.nn.functional.normalize(torch.randn(4096, cfg.d_model, generator=generator), dim=1)
-    for _ in range(3):  # each token is a sum of about 40 of 4096 directions
-        size, chosen = torch.rand(2, cfg.batch_size, 4096, generator=generator)
-        batches.append(((chosen < 40 / 4096) * size @ directions).to(device))
+    batches = synthetic_batches(cfg, device)
     kinds = {STEP: {}, TOPK: dict(activation="topk"), DEAD: {}, PLAIN: dict(step="plain")}
     if cfg.k % 1:
         del kinds[TOPK]
@@ -94,6 +92,39 @@ def measure(cfg, repeat):
                              "step/product": step / product, "step/floor": step / floor,
                              "plain/step": quartiles[PLAIN][1] / step}
     return result
+
+def synthetic_batches(cfg, device):
+    """Three batches in which each token is a sum of about 40 of 4096 directions."""
+    generator, batches = torch.Generator().manual_seed(0), []
+    directions = torch.nn.functional.normalize(torch.randn(4096, cfg.d_model, generator=generator), dim=1)
+    for _ in range(3):
+        size, chosen = torch.rand(2, cfg.batch_size, 4096, generator=generator)
+        batches.append(((chosen < 40 / 4096) * size @ directions).to(device))
+    return batches
+
+def measure_shared(cfg, repeat):
+    """The step of all of torchrun's processes together: its time, the memory of one, and what is sent."""
+    bt.join_processes(cfg.device)
+    group, sent, call = bt.processes, [], getattr(bt.processes, "call", None)
+    device = bt.resolve_device(cfg.device)
+    batches, trainer = itertools.cycle(synthetic_batches(cfg, device)), bt.Trainer(cfg)
+    run = lambda: trainer.step(next(batches))  # noqa: E731
+    run()
+    held = sum(t.nbytes for t in trainer.state_dict().values())
+    peak, times = peak_memory(run, device), [seconds(run, device) for _ in range(repeat)]
+
+    def counted(collective, *arguments):
+        sent.append((collective.__name__, arguments[-1].nbytes))
+        call(collective, *arguments)
+
+    group.call = counted
+    run()
+    if group.rank == 0:
+        print(f"D {cfg.d_model}, F {cfg.n_latents}, B {cfg.batch_size}, k {cfg.k:g}; {device_name(device)}\n"
+              f"{group.size} processes of {torch.get_num_threads()} threads: {statistics.median(times):.3f} s a step "
+              f"(median of {repeat}); each holds {held / 2**20:.0f} MiB and {peak / 2**20:.0f} at the peak of a step")
+        for (name, size), count in sorted(collections.Counter(sent).items(), key=lambda item: -item[0][1]):
+            print(f"{count:>4} × {name} of {size:,} bytes from each process")
 
 @torch.no_grad()
 def measure_export(path, cfg, repeat):
@@ -269,6 +300,7 @@ def main(arguments=None):
         ("figure", Path, None, "draw what each idea saves into this PNG"),
     ]:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--shared", action="store_true", help="time the step of torchrun's processes together")
     parser.add_argument("--export", nargs="?", const="", metavar="FILE", help="time an exported encoder instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     a = parser.parse_args(arguments)
@@ -282,6 +314,8 @@ def main(arguments=None):
         parser.error(str(error))
     if a.export is not None:
         return measure_export(a.export, cfg, a.repeat)
+    if a.shared:
+        return measure_shared(cfg, a.repeat)
     result = measure(cfg, a.repeat)
     if a.figure:
         draw_savings(result, a.figure)
