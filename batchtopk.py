@@ -479,7 +479,7 @@ class OneProcess:
     def own(self, x):
         return x
 
-    sum_ = total = least = concatenate = first = all_latents = own
+    sum_ = total = least = concatenate = all_latents = own
 
     def gather(self, t):
         return t[None]
@@ -857,15 +857,14 @@ def multiplies_bfloat16(device):
 # and moments are never sent, only activations, the largest values and reconstructions.
 
 class Torchrun(OneProcess):
-    """The processes that torchrun started: NCCL for GPUs, one for each process, else gloo."""
+    """The processes that torchrun started: on GPUs, one for each, NCCL, otherwise gloo."""
 
     def __init__(self, device: torch.device):
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-        self.device, self.rank, self.size = device, dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def call(self, collective, *arguments):
         try:
@@ -884,26 +883,21 @@ class Torchrun(OneProcess):
         self.call(dist.all_gather, list(parts), t)
         return parts
 
-    def first(self, x):
-        """What process 0 has."""
-        self.call(dist.broadcast_object_list, box := [x])
-        return box[0]
+    def total(self, number):
+        return float(self.gather(torch.tensor(number, dtype=torch.float64)).sum())
+
+    def least(self, number):
+        return float(self.gather(torch.tensor(number, dtype=torch.float64)).min())
 
     def concatenate(self, x):
         """Rows [m, D] of all processes, one after another."""
-        counts = self.gather(torch.tensor(len(x), device=x.device)).tolist()
+        counts = self.gather(torch.tensor(len(x))).tolist()
         rows, start = torch.zeros(sum(counts), x.shape[1], device=x.device), sum(counts[: self.rank])
         rows[start : start + len(x)] = x
         return self.sum_(rows).to(x.dtype)
 
-    def total(self, number):
-        return float(self.sum_(torch.tensor(number, dtype=torch.float64, device=self.device)))
-
-    def least(self, number):
-        return float(self.gather(torch.tensor(number, dtype=torch.float64, device=self.device)).min())
-
     def largest(self, index, value, n):
-        """This process's of the n largest entries; each brings its own n largest, or fewer.
+        """This process's part of the n largest entries; each brings its own n largest, or fewer.
 
         Of entries equal to the smallest kept one the first processes keep more.
         """
@@ -922,17 +916,12 @@ class Torchrun(OneProcess):
         return slice(self.rank * n, (self.rank + 1) * n)
 
     def all_latents(self, state):
-        """A state_dict with the latents of all processes, in the memory of process 0's machine."""
-        for name, mine in state.items() if self.size > 1 else ():
+        """A state_dict in process 0's memory with the latents of all; in the others with their own."""
+        for name, mine in state.items():
             if name not in ("b_dec", "theta"):
-                parts = [mine.cpu()]
-                for other in range(1, self.size):
-                    if self.rank == 0:
-                        dist.recv(part := torch.empty_like(mine), other)
-                        parts.append(part.cpu())
-                    elif self.rank == other:
-                        dist.send(mine.contiguous(), 0)
-                state[name] = torch.cat(parts)
+                whole = torch.empty(self.size, *mine.shape, dtype=mine.dtype) if self.rank == 0 else None
+                self.call(dist.gather, mine.cpu(), None if whole is None else list(whole))
+                state[name] = mine if whole is None else whole.flatten(0, 1)
         return state
 
 def join_processes(device: str):
@@ -1191,16 +1180,16 @@ OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", 
        "decay", "aux_k", "aux_coef", "dead_tokens", "step", "encoder_dtype", "seed")
 
 def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.PathLike, resume: bool = False,
-               on_step: Callable[[int, list[StepStats]], None] | None = None) -> list[dict]:
+               on_step: Callable[[int, list[StepStats]], bool | None] | None = None) -> list[dict]:
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
 
     An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
     evaluation.json in folder/name; the name "" means `folder` itself. Until all is done
     folder/state.safetensors holds what resume=True continues from, on a CPU bit for bit. It is written at
-    every checkpoint, and when on_step raises KeyboardInterrupt or the data set fails.
+    every checkpoint, and when training is stopped or the data set fails.
 
     Args: configs by name, which may differ in the fields of OWN; on_step, called after each of the largest
-        batches with the tokens seen and each SAE's last statistics.
+        batches with the tokens seen and each SAE's last statistics; if it returns True, training stops.
     Returns: evaluate_run's results, with "dead" (share of latents at the end) and "step_seconds" added.
     Raises: InputError if they cannot share a stream or memory; Unavailable for a folder in use, or nothing to
         resume; OSError for a file that cannot be written.
@@ -1234,18 +1223,14 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
     """The training of train_runs, from its start or its last saved state, which it leaves at the end too."""
     first = next(iter(trainers.values())).cfg
     texts = {name: t.cfg.to_json() for name, t in trainers.items()}
-    at, tokens, between_steps, saved = Position(), 0, True, (time.monotonic(), 0)
+    at, tokens, between_steps, stopped, saved = Position(), 0, True, False, (time.monotonic(), 0)
 
     def save():
-        tensors, failure = {"position": torch.tensor(at)}, None
+        tensors = {"position": torch.tensor(at)}
         for name, trainer in trainers.items():
             tensors |= {f"{name}/{key}": value for key, value in trainer.state_dict().items()}
-        try:
-            save_tensors(state_path(folder, tokens), tensors, json.dumps(texts))
-        except OSError as error:
-            failure = error
-        if processes.total(failure is not None):  # wait until all have written
-            raise failure or OSError("another process could not save its state")
+        save_tensors(state_path(folder, tokens), tensors, json.dumps(texts))
+        processes.total(0)  # wait until all have written
         for old in folder.glob(state_path(folder, "*").name):
             if old != state_path(folder, tokens):
                 old.unlink()
@@ -1279,12 +1264,7 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
                     lines = "".join(json.dumps(record) + "\n" for record in records[name])
                     if processes.rank == 0:
                         write_atomically(folder / name / "metrics.jsonl", lines.encode())
-            stopped = False
-            try:
-                on_step(tokens, stats) if on_step else None
-            except KeyboardInterrupt:
-                stopped = True
-            if processes.total(stopped):
+            if stopped := processes.total(bool(on_step and on_step(tokens, stats))):
                 raise KeyboardInterrupt
             minutes = (time.monotonic() - saved[0]) / 60
             due = minutes > first.checkpoint_minutes or 0 < first.checkpoint_tokens <= tokens - saved[1]
@@ -1293,10 +1273,11 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
                 try:
                     save()
                 except OSError as error:
+                    if processes.size > 1:
+                        raise
                     warnings.warn(f"{error}; training goes on without this saved state")
-    except (KeyboardInterrupt, InputError, Unavailable) as error:
-        alone = processes.size > 1 and not isinstance(error, KeyboardInterrupt)
-        if between_steps and not alone:  # otherwise the state is not consistent, and the last one saved stands
+    except (KeyboardInterrupt, InputError, Unavailable):
+        if between_steps and (stopped or processes.size == 1):  # else the last state saved stands
             save()
         raise
     finally:

@@ -162,11 +162,10 @@ def train(
             raise bt.InputError("--expansion and --n-latents set the same; give one of them")
         cfg = bt.Config.preset(preset, recipe, **{"d_model": 1, **given})
         bt.join_processes(cfg.device)
-        folder = out_folder / (name or "")
+        numbered = name is None and bt.processes.size == 1  # several processes have to choose the same name
+        folder = free_folder(out_folder, preset) if numbered else out_folder / (name or preset)
         if bt.processes.rank == 0:
-            folder = free_folder(out_folder, preset) if name is None else folder
             bt.check_run_folder(folder)
-        folder = bt.processes.first(folder)
     several = f"torchrun --nproc-per-node {bt.processes.size}" if bt.processes.size > 1 else "python"
     [result] = train_with_bar({"": cfg}, folder, f"{several} cli.py train --resume {folder}", expansion)
     if bt.processes.rank == 0:
@@ -196,7 +195,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
         if bt.processes.rank == 0:
             os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
-    def on_step(tokens: int, stats: list[bt.StepStats]):
+    def on_step(tokens: int, stats: list[bt.StepStats]) -> bool:
         begins = task.total is None
         fvu, l0, dead = (mean(getattr(s, name) for s in stats) for name in ("fvu", "l0", "dead"))
         shown = f"{task.speed or 0:,.0f} tokens/s  fvu {fvu:.3f}  L0 {l0:.1f}  dead {dead:,.0f}"
@@ -205,8 +204,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
             what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g}"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
             tell(f"{what}, on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}", err)
-        if stopped:
-            raise KeyboardInterrupt
+        return bool(stopped)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
