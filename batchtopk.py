@@ -55,6 +55,10 @@ class InputError(ValueError):
 class Unavailable(LookupError):
     """A file, run, device or model that is not here; the message says what to do next."""
 
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; choose one of: {', '.join(choices)}")
+
 @contextlib.contextmanager
 def explained(message, kind=InputError):
     """Turn whatever fails inside into one error."""
@@ -121,8 +125,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value, rules = field.name, getattr(self, field.name), field.metadata
-            if rules["choices"] and value not in rules["choices"]:
-                raise InputError(f"{name} is {value!r}; choose one of: {', '.join(rules['choices'])}")
+            if rules["choices"]:
+                check_choice(name, value, rules["choices"])
             if field.type in ("str", "bool") and type(value).__name__ != field.type:
                 raise InputError(f"{name} is {value!r}; give a {field.type}")
             if field.type in ("int", "float"):
@@ -152,9 +156,8 @@ class Config:
     @classmethod
     def preset(cls, name: str, recipe: str = "ours", **overrides) -> Config:
         """One of PRESETS, trained by one of RECIPES, with some fields replaced; give at least d_model."""
-        for kind, chosen, known in (("preset", name, PRESETS), ("recipe", recipe, RECIPES)):
-            if chosen not in known:
-                raise InputError(f"{kind} {chosen!r} is unknown; choose one of: {', '.join(known)}")
+        check_choice("preset", name, PRESETS)
+        check_choice("recipe", recipe, RECIPES)
         return cls(**{**PRESETS[name], **RECIPES[recipe], **overrides})
 
     def to_json(self) -> str:
@@ -306,8 +309,7 @@ class SAE(nn.Module):
         """x [..., D] as standardised rows [B, D] in the dtype of the weights."""
         if x.shape[-1:] != self.b_dec.shape or not x.is_floating_point():
             raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {len(self.b_dec)}]")
-        if selection not in ("theta", "batch"):
-            raise InputError(f"selection is {selection!r}; choose theta or batch")
+        check_choice("selection", selection, ("theta", "batch"))
         rows = x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
         return standardize(rows, self.config.normalize == "token")[0]
 
@@ -1211,7 +1213,7 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
             calibrate(trainer.sae, [calibration])
             trainer.sae.save(folder / name)
             result = evaluate_run(trainer.sae, lm, folder / name, (held_out[1], evaluation))
-            dead = float(trainer.sae.is_dead().float().mean())
+            dead = processes.total(int(trainer.sae.is_dead().sum())) / trainer.cfg.n_latents
             results.append({**result, "step_seconds": trainer.seconds, "dead": dead})
             if processes.rank == 0:
                 write_atomically(folder / name / "evaluation.json", json.dumps(results[-1]).encode())
@@ -1622,10 +1624,9 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
     Raises: Unavailable if θ was never estimated; InputError for an SAE that cannot come from training, one
         that the format cannot hold, or a path in use; RuntimeError if the file gives something else.
     """
-    dtypes = ("float32", "float16") if format == "torchscript" else ("float32",)  # others would round θ too
-    for value, known in ((format, FORMATS), (dtype, dtypes)):
-        if value not in known:
-            raise InputError(f"{value!r} is not possible here; choose one of: {', '.join(known)}")
+    check_choice("format", format, FORMATS)
+    others = ("float16",) if format == "torchscript" else ()  # other formats would round θ too
+    check_choice("dtype", dtype, ("float32", *others))
     sae, topk, difference = copy.deepcopy(sae).float().cpu(), sae.config.activation == "topk", 0.0
     theta = sae.theta.nan_to_num(1.0) if topk else sae.threshold()
     check_trained(sae, theta)

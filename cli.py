@@ -296,9 +296,9 @@ def l0_quantiles(histogram: list[int]) -> list[int]:
 @app.command(epilog="Example: python cli.py export runs/tiny --format saelens --out my-sae")
 def export(
     run: Run,
-    out_path: Annotated[Path | None, Option("--out", help="By default in RUN: encoder.pt or a folder.")] = None,
+    out_path: Annotated[Path | None, Option("--out", help="Default: in RUN, named by the format.")] = None,
     format: Annotated[str, Option(help=", ".join(bt.FORMATS) + ".")] = "torchscript",
-    dtype: Annotated[str, Option(help="float32, or float16 for half the size (θ stays float32).")] = "float32",
+    dtype: Annotated[str, Option(help="float32, or float16 for half the size.")] = "float32",
     force: Annotated[bool, Option("--force", help="Replace what an earlier export wrote.")] = False,
     as_json: Json = False,
 ):
@@ -317,8 +317,8 @@ def export(
     tell(f"Wrote {path} ({size / 1e6:.1f} MB). On {len(x):,} {what} the SAE has {found['l0']:.2f} active "
          f"latents per token; k is {sae.config.k:g}.")
     if format == "torchscript":
-        tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries differ, "
-             "the others by at most {largest_difference:.2g}.".format(active=found["l0"] * len(x), **found))
+        tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
+             "differ, the others by at most {largest_difference:.2g}.".format(active=found["l0"] * len(x), **found))
 
 def activations_to_compare(sae: bt.SAE, run: Path) -> tuple[torch.Tensor, str]:
     """Held-out activations [n, D] of a run, or made-up ones of the same size; and what they are."""

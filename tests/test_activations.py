@@ -210,6 +210,7 @@ def test_contexts_continue_from_their_position_and_repeat_without_end(tmp_path, 
         again = bt.contexts(cfg, lm.tokenizer, positions[start])
         assert all(torch.equal(block, next(again)[0]) for block in blocks[start + 1 : start + 15])
 
+@pytest.mark.slow
 def test_a_process_that_leaves_a_stream_open_ends_at_once_and_cleanly():
     """Bug here once: a thread was killed inside native code at exit, and the process aborted."""
     code = ("import batchtopk as bt; cfg = bt.Config(d_model=1, n_latents=64);"

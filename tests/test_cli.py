@@ -205,6 +205,7 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     assert invoke("train", "--resume", again).stdout == invoke("train", "--resume", again).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued(tmp_path, number, code):
     process = spawn("train", "--out", tmp_path, *options(tokens=50_000_000), cwd=tmp_path)
@@ -215,6 +216,7 @@ def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued
     assert (tmp_path / "tiny" / "state.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_malformed_line_met_in_training_ends_in_one_line_and_the_run_is_saved(tmp_path):
     """`datasets` reads 10 MB at a time: the padding puts the malformed line beyond the first chunk of text."""
     rows = [json.dumps({"text": f"import module_{i}; " * 12, "pad": "x" * 5000}) for i in range(3000)]

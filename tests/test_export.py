@@ -150,6 +150,7 @@ def test_half_precision_moves_no_threshold(sae, planted, tmp_path):
     half, size = load(sae, tmp_path, dtype="float16"), (tmp_path / "encoder.pt").stat().st_size
     for encoder in (half, torch.jit.load(tmp_path / "encoder.pt"), exported.half()):
         assert torch.equal(encoder.theta, sae.theta) and encoder.W_enc.dtype == torch.float16
+        assert encoder(x[:2]).dtype == torch.float32, "compared in float32"
         found = bt.compare_exported(sae, encoder, x)
         assert 0 < found["flipped"] < 0.01 * found["l0"] * 3000 and found["largest_difference"] < 0.02 * found["largest"]
         assert abs(found["exported_l0"] / found["l0"] - 1) < 0.002
@@ -212,6 +213,7 @@ with torch.no_grad():
 print(peak() - before)
 """
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("what, rows, d, n_latents, limit", [("encode_sparse", 100_000, 64, 4096, 200), ("reconstruct", 4096, 256, 16384, 160)])
 def test_memory_is_that_of_the_active_entries(what, rows, d, n_latents, limit, tmp_path):

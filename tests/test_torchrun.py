@@ -49,15 +49,17 @@ if __name__ == "__main__":  # under torchrun
     torch.set_num_threads(1)
     bt.join_processes("cpu")
     found = {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
+    found["ties"] = bt.processes.largest(torch.arange(4), torch.tensor([2.0, 1.0, 1.0, 1.0]), 4)[1]
     torch.save(found, f"{sys.argv[1]}/{bt.processes.rank}.pt")
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_together_do_what_one_does(n, tmp_path):
     process = torchrun(n, __file__, tmp_path)
     expected = {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
     said = process.communicate()[0]
     assert process.returncode == 0, said
     ranks = [torch.load(tmp_path / f"{i}.pt", weights_only=False) for i in range(n)]
+    assert torch.cat([rank["ties"] for rank in ranks]).sort().values.tolist() == [1.0] * (4 - n) + [2.0] * n
     for activation, one in expected.items():
         found = [rank[activation] for rank in ranks]
         assert one["stats"][:, 2].max() > 0, "no auxiliary loss was tested"
@@ -110,6 +112,7 @@ def test_a_run_of_two_processes_survives_a_kill_and_ctrl_c_and_is_the_run_of_one
     assert records[0] == records[1]
     assert invoke("export", folder).exit_code == 0 and invoke("eval", folder).exit_code == 0
 
+@pytest.mark.slow
 def test_latents_that_cannot_be_shared_are_refused_in_one_line(tmp_path):
     process = torchrun(2, ROOT / "cli.py", "train", "--out", tmp_path, *options(n_latents=255))
     said = process.communicate()[0]
