@@ -21,7 +21,6 @@ Part two makes it fast and practical:          7 sparse step  8 several processe
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copy
 import dataclasses
@@ -861,18 +860,21 @@ def multiplies_bfloat16(device):
 class Torchrun(OneProcess):
     """The processes that torchrun started: on GPUs, one for each, NCCL, otherwise gloo."""
 
-    def __init__(self, device: torch.device):
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+    def __init__(self, device: str):
+        cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+        local = int(os.environ["LOCAL_RANK"])
+        if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
+            raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
+        if cuda:
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def call(self, collective, *arguments):
         try:
             collective(*arguments)
-        except RuntimeError:
-            raise Unavailable("another process of this run has ended") from None
+        except RuntimeError as error:
+            raise Unavailable("another process of this run has ended, or cannot be reached") from error
 
     def sum_(self, t):
         """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
@@ -907,13 +909,13 @@ class Torchrun(OneProcess):
         threshold = values.flatten().topk(n).values.min()
         places = n - int((values > threshold).sum()) - int((values[: self.rank] == threshold).sum())
         equal = (value == threshold).nonzero().squeeze(1)
-        keep = (value > threshold).index_fill_(0, equal[: max(0, places)], True)
+        keep = (~(value <= threshold)).index_fill_(0, equal[: max(0, places)], True)  # NaN stays to be seen
         return index[keep], value[keep]
 
     def share(self, cfg):
         if cfg.n_latents % self.size or cfg.step == "plain" or cfg.activation == "topk":
-            raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a multiple "
-                             f"of {self.size}, and train with --step sparse, and not topk")
+            raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a "
+                             f"multiple of {self.size}, and train neither topk nor with --step plain")
         n = cfg.n_latents // self.size
         return slice(self.rank * n, (self.rank + 1) * n)
 
@@ -930,7 +932,7 @@ def join_processes(device: str):
     """Under torchrun, join the other processes; otherwise do nothing."""
     global processes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes.size == 1:
-        processes = Torchrun(resolve_device(device))
+        processes = Torchrun(device)
 
 # ---- 9. Activations of a language model ----------------------
 
@@ -1349,7 +1351,7 @@ def check_room(configs, folder):
     """InputError if memory cannot hold weights, moments and activations, or the disk two saved states."""
     cfg = next(iter(configs.values()))
     state = sum(24 * c.n_latents * c.d_model for c in configs.values())  # 2 matrices and moments, float32
-    memory = state + 4 * cfg.d_model * (cfg.buffer_tokens + 2 * cfg.eval_tokens)
+    memory = state + processes.size * 4 * cfg.d_model * (cfg.buffer_tokens + 2 * cfg.eval_tokens)
     device, free = resolve_device(cfg.device), shutil.disk_usage(folder).free
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     has = processes.size * torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else pages
@@ -1488,7 +1490,7 @@ def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike,
         held_out = ids, shuffled_activations(lm, ids, cfg.model_batch)
     ids, x = held_out
     metrics = to_json_values(evaluate(sae, [x], lm, ids[::4]))
-    theta = sae.threshold().detach() if cfg.activation == "jumprelu" else sae.theta
+    theta = processes.gather(sae.threshold().detach()) if cfg.activation == "jumprelu" else sae.theta
     return {"run": str(folder), "tokens": cfg.tokens, "seconds": round(time.perf_counter() - started, 2),
             "k": cfg.k, "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}
 
@@ -1566,7 +1568,7 @@ class ExportedSAE(nn.Module):
 
 def torchscript_files(sae, dtype):
     """ExportedSAE's archive, without the parts for debugging, which hold the path and source of this file."""
-    with warnings.catch_warnings(action="ignore"):  # TorchScript is frozen, hence stable; torch warns about it
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is frozen, hence stable; torch warns of it
         scripted = torch.jit.script(ExportedSAE(sae, dtype).eval())
         data = scripted.save_to_buffer(_extra_files={"config.json": sae.config.to_json()})
     file = io.BytesIO()
@@ -1643,7 +1645,7 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
         if not active:
             raise InputError("no latent is active on x: the SAE or its θ is wrong")
         same = difference <= tolerance * found["largest"] and found["flipped"] <= 1 + tolerance * active
-        if not same or (encoder.reconstruct(few) - sae(few)).norm() > tolerance * few.norm():
+        if not same or not (encoder.reconstruct(few) - sae(few)).norm() <= tolerance * few.norm():
             raise RuntimeError(f"the exported file differs from the SAE by {difference}; it was not kept")
     for file, data in files.items():
         write_atomically(file, data)
@@ -1658,13 +1660,14 @@ def check_trained(sae, theta):
         if not fine:
             raise InputError(f"the SAE has {what}; no training leaves that")
 
-RUN_FILES = "sae.safetensors", "state.safetensors", "config.json", "metrics.jsonl", "evaluation.json"
+RUN_FILES = "config.json", "sae.safetensors", "metrics.jsonl", "evaluation.json"
 
 def check_replaceable(path, overwrite):
     """InputError unless a file can be written here without destroying what should be kept."""
     if path.is_symlink() or path.exists() and not path.is_file():
         raise InputError(f"{str(path)!r} is not a regular file; give another path")
-    if path.name in RUN_FILES and any((path.parent / name).exists() for name in RUN_FILES[:2]):
+    run = {file.name for name in ("sae", "state*") for file in path.parent.glob(f"{name}.safetensors")}
+    if run and path.name in run.union(RUN_FILES):
         raise InputError(f"{str(path)!r} is a file of a run; give another path")
     if path.exists() and not overwrite:
         raise InputError(f"{str(path)!r} exists; give another path, or --force")
@@ -1676,12 +1679,14 @@ def compare_exported(sae: SAE, encoder: nn.Module, x: Tensor) -> dict:
     Returns l0 and exported_l0; flipped, how many entries are active in one of them alone; largest, a value;
     largest_difference, of values active in both.
     """
-    l0, exported_l0, flipped, largest, difference = 0, 0, 0, 0.0, 0.0
+    l0, exported_l0, flipped, values, differences = 0, 0, 0, [], []
     for part in x.split(256):
         expected, f = sae.encode(part), encoder(part)
         ours, theirs = expected != 0, f != 0
         l0, exported_l0 = l0 + int(ours.sum()) / len(x), exported_l0 + int(theirs.sum()) / len(x)
-        flipped, largest = flipped + int((ours ^ theirs).sum()), max(largest, float(expected.max()))
-        difference = max(difference, float(((f - expected) * (ours & theirs)).abs().max()))
+        flipped += int((ours ^ theirs).sum())
+        values.append(expected.max())
+        differences.append((f - expected).masked_fill(ours ^ theirs, 0.0).abs().max())
+    largest, difference = (float(torch.stack(maxima).max()) for maxima in (values, differences))
     return {"tokens": len(x), "l0": l0, "exported_l0": exported_l0, "flipped": flipped, "largest": largest,
             "largest_difference": difference}

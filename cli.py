@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from dataclasses import Field, fields, replace
 from inspect import Parameter, Signature, signature
@@ -37,7 +38,8 @@ from typer import Argument, Option
 
 import batchtopk as bt
 
-out, err = Console(), Console(stderr=True)
+RANK = int(os.environ.get("RANK", 0))  # of several processes under torchrun only the first speaks
+out, err = Console(quiet=RANK > 0), Console(stderr=True, quiet=RANK > 0)
 Record = dict[str, Any]
 Groups = dict[tuple, list[Record]]  # by setting, the results of its seeds
 
@@ -81,7 +83,8 @@ def option_help(field: Field) -> str:
 
 def tell(text: str, console: Console = out, wrap: bool = True):
     """Print a text as it is, wrapped at words in a terminal."""
-    console.print(text, markup=False, highlight=False, soft_wrap=not (wrap and console.is_terminal))
+    wrap = wrap and console.is_terminal
+    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=not wrap)
 
 say = functools.partial(tell, console=err, wrap=False)  # one line, so that a command in it can be copied
 
@@ -123,8 +126,9 @@ class Commands(typer.core.TyperGroup):
             super().invoke(context)
         except (bt.InputError, bt.Unavailable, OSError) as error:
             why = reason(error.__cause__) if isinstance(error, bt.Unavailable) else ""
-            who = f"process {bt.processes.rank}: " if bt.processes.rank else ""
-            err.quiet = isinstance(error, bt.InputError) and bool(who)  # all processes make the same mistakes
+            who = f"process {RANK}: " if RANK else ""
+            time.sleep(3 if RANK else 0)  # the first says what all do wrong, and torchrun ends the others
+            err.quiet = False
             parts = [f"{who}error: {error}" + (f" ({why})" if why else ""), *getattr(error, "__notes__", ())]
             say(" ".join("; ".join(parts).split()))
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
@@ -164,12 +168,13 @@ def train(
         bt.join_processes(cfg.device)
         numbered = name is None and bt.processes.size == 1  # several processes have to choose the same name
         folder = free_folder(out_folder, preset) if numbered else out_folder / (name or preset)
-        if bt.processes.rank == 0:
+        if RANK == 0:
             bt.check_run_folder(folder)
     several = f"torchrun --nproc-per-node {bt.processes.size}" if bt.processes.size > 1 else "python"
     [result] = train_with_bar({"": cfg}, folder, f"{several} cli.py train --resume {folder}", expansion)
-    if bt.processes.rank == 0:
-        show_metrics(result, as_json)
+    show_metrics(result, as_json)
+    if bt.processes.size > 1:
+        torch.distributed.destroy_process_group()
     if not as_json:
         tell(f"\nSaved in {folder}. Next: python cli.py export {folder}")
 
@@ -180,7 +185,6 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
     Ctrl-C or SIGTERM ends training after a step, so that the saved state is whole; a second one at once.
     """
     cfg, stopped = next(iter(configs.values())), 0
-    out.quiet = err.quiet = bt.processes.rank > 0
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
                         console=err, transient=True, disable=not err.is_terminal)
     progress.add_task("loading the model and text", total=None)
@@ -189,10 +193,11 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
     def stop(number: int, frame: Any):
         nonlocal stopped
         if stopped and bt.processes.size == 1 or task.total is None or task.finished:  # torchrun sends two
-            os.write(2, f"stopped; continue with: {again}\n".encode() if task.total else b"stopped\n")
+            if RANK == 0:
+                os.write(2, f"stopped; continue with: {again}\n".encode() if task.total else b"stopped\n")
             raise SystemExit(128 + number)
         stopped = number
-        if bt.processes.rank == 0:
+        if RANK == 0:
             os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
     def on_step(tokens: int, stats: list[bt.StepStats]) -> bool:
@@ -219,7 +224,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
         say(f"saved; continue with: {again}")
         raise typer.Exit(128 + stopped) from None
     except (bt.InputError, bt.Unavailable, OSError) as error:
-        if bt.saved_states(folder):
+        if bt.saved_states(folder)[-1:] and bt.saved_states(folder)[-1][0] == bt.processes.size:
             error.add_note(f"the run is saved; continue with: {again}")
         raise
     finally:
@@ -276,8 +281,7 @@ MEANINGS = {
 def show_metrics(result: Record, as_json: bool):
     """An evaluation as a table, or as JSON."""
     if as_json:
-        print(json.dumps(result))
-        return
+        return tell(json.dumps(result), wrap=False)
     tell("{run}: {tokens:,} tokens of training, {eval_tokens:,} held out".format(**result))
     table = Table("metric", "batch", f"θ = {result['theta_value']:.4g}", "meaning")
     for name, meaning in MEANINGS.items():
@@ -310,15 +314,15 @@ def export(
         found = {"tokens": len(x), "l0": len(sae.encode_sparse(x)[1]) / len(x)}
         if format == "torchscript":
             found = bt.compare_exported(sae, torch.jit.load(path), x)
-    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     if as_json:
-        print(json.dumps({"run": str(run), "path": str(path), "bytes": size, "k": sae.config.k, **found}))
+        print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
         return
-    tell(f"Wrote {path} ({size / 1e6:.1f} MB). On {len(x):,} {what} the SAE has {found['l0']:.2f} active "
+    tell(f"Wrote {path}. On {len(x):,} {what} the SAE has {found['l0']:.2f} active "
          f"latents per token; k is {sae.config.k:g}.")
     if format == "torchscript":
+        active = found["l0"] * len(x)
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
-             "differ, the others by at most {largest_difference:.2g}.".format(active=found["l0"] * len(x), **found))
+             "differ, the others by at most {largest_difference:.2g}.".format(active=active, **found))
 
 def activations_to_compare(sae: bt.SAE, run: Path) -> tuple[torch.Tensor, str]:
     """Held-out activations [n, D] of a run, or made-up ones of the same size; and what they are."""

@@ -121,14 +121,15 @@ def measure_shared(cfg, repeat):
     run()
     if group.rank == 0:
         print(f"D {cfg.d_model}, F {cfg.n_latents}, B {cfg.batch_size}, k {cfg.k:g}; {device_name(device)}\n"
-              f"{group.size} processes of {torch.get_num_threads()} threads: {statistics.median(times):.3f} s a step "
-              f"(median of {repeat}); each holds {held / 2**20:.0f} MiB and {peak / 2**20:.0f} at the peak of a step")
+              f"{group.size} processes of {torch.get_num_threads()} threads: {statistics.median(times):.3f} s "
+              f"a step (median of {repeat}); each holds {held / 2**20:.0f} MiB\n"
+              f"and {peak / 2**20:.0f} beside them at the peak of a step")
         for (name, size), count in sorted(collections.Counter(sent).items(), key=lambda item: -item[0][1]):
             print(f"{count:>4} × {name} of {size:,} bytes from each process")
 
 @torch.no_grad()
 def measure_export(path, cfg, repeat):
-    """Medians of an exported encoder's methods, beside the linear layer in it; without a path random weights."""
+    """Medians of an exported encoder's methods, beside its linear layer; without a path of random weights."""
     if not path:
         sae, folder = bt.SAE(cfg), tempfile.TemporaryDirectory()
         path = Path(folder.name, "encoder.pt")
@@ -140,7 +141,7 @@ def measure_export(path, cfg, repeat):
     direction = encoder.W_dec[torch.randint(F, (cfg.batch_size, 40), device=device)].sum(1)
     z = direction[:256] @ encoder.W_enc.T  # at the scale below about k exceed θ in each row
     scale = float(encoder.theta.nan_to_num(1.0).mean() / z.flatten().topk(int(len(z) * cfg.k)).values.min())
-    lines = [f"D {D}, F {F}; {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n",
+    lines = [f"D {D}, F {F}; {device_name(device)}, {torch.get_num_threads()} threads\n",
              f"{'rows':>6} {'L0':>6} {'linear, ms':>11} {'forward':>9} {'encode_sparse':>14} {'reconstruct':>12}"]
     for rows in (1, cfg.batch_size):
         x = encoder.b_dec + scale * direction[:rows]
@@ -300,8 +301,8 @@ def main(arguments=None):
         ("figure", Path, None, "draw what each idea saves into this PNG"),
     ]:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--shared", action="store_true", help="time the step of torchrun's processes together")
-    parser.add_argument("--export", nargs="?", const="", metavar="FILE", help="time an exported encoder instead")
+    parser.add_argument("--shared", action="store_true", help="time the step of torchrun's processes")
+    parser.add_argument("--export", nargs="?", const="", metavar="FILE", help="time an exported encoder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     a = parser.parse_args(arguments)
     try:

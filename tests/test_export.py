@@ -176,8 +176,13 @@ def test_nothing_that_should_be_kept_is_replaced(planted, tmp_path):
     other.write_text("mine")
     (tmp_path / "mine.pt.tmp").write_text("mine too")
     (tmp_path / "link.pt").symlink_to(other)
+    (tmp_path / "stopped").mkdir()  # a run of two processes
+    for name in ("config.json", "state-512-0-of-2.safetensors"):
+        (tmp_path / "stopped" / name).write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for path, format in [(run / "config.json", "torchscript"), (run / "sae.safetensors", "torchscript"), (run, "torchscript"),
+    for path, format in [(tmp_path / "stopped", "dictionary-learning"),
+                         (tmp_path / "stopped" / "state-512-0-of-2.safetensors", "torchscript"),
+                         (run / "config.json", "torchscript"), (run / "sae.safetensors", "torchscript"), (run, "torchscript"),
                          (run, "dictionary-learning"), (tmp_path / "link.pt", "torchscript"), (Path("/dev/null"), "torchscript")]:
         with pytest.raises(bt.InputError, match="not a regular file|file of a run"):
             bt.export(sae, path, format=format)
