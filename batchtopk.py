@@ -13,6 +13,7 @@ W_dec have norm 1, so dropping an active entry z adds about z² to the squared e
 best use of a budget of k·B entries.
 
 Dimensions:  B tokens in a batch   D width of the activations   F latents   N = int(k·B) entries kept
+Calls of `processes` matter only under torchrun; otherwise they return what they are given.
 
 Part one is the method and trains by itself:   1 configuration  2 selection  3 SAE  4 loss  5 θ  6 training
 Part two makes it fast and practical:          7 sparse step  8 several processes  9 activations  10 runs
@@ -473,26 +474,6 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 
 # ---- 6. Training ---------------------------------------------
 
-class OneProcess:
-    """What several processes combine under torchrun (section 8). One alone keeps what it has."""
-    rank, size = 0, 1
-
-    def own(self, x):
-        return x
-
-    sum_ = total = least = concatenate = all_latents = own
-
-    def gather(self, t):
-        return t[None]
-
-    def largest(self, index, value, n):
-        return index, value
-
-    def share(self, cfg):
-        return slice(None)
-
-processes = OneProcess()
-
 def plain_step(trainer: Trainer, x: Tensor, lr: float):
     """One step on standardised x [B, D]. Returns mse, aux, and of active entries latent and value."""
     sae = trainer.sae
@@ -676,6 +657,26 @@ def repeat(batches):
         n = 0
         for n, batch in enumerate(batches, 1):
             yield batch
+
+class OneProcess:
+    """What several processes combine under torchrun (section 8). One alone gets back what it gives."""
+    rank, size = 0, 1
+
+    def own(self, x):
+        return x
+
+    sum_ = total = least = concatenate = all_latents = own
+
+    def gather(self, t):
+        return t[None]
+
+    def largest(self, index, value, n):
+        return index, value
+
+    def share(self, cfg):
+        return slice(None)
+
+processes = OneProcess()
 
 # ==================== Part two: fast and practical ====================
 # ---- 7. The same step, sparse --------------------------------

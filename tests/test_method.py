@@ -117,7 +117,7 @@ def test_thresholds_stay_float32_whatever_the_weights_are(dtype):
 
 @pytest.mark.parametrize("x, selection, said", [
     (torch.zeros(3, 11), "batch", r"\[3, 11\].*12"), (torch.zeros(3, 12).long(), "batch", "int64"),
-    (torch.zeros(3, 12), "top", "'top'.*theta or batch")])
+    (torch.zeros(3, 12), "top", "'top'.*theta, batch")])
 def test_wrong_inputs_are_named(x, selection, said):
     for use in (bt.SAE.encode, bt.SAE.encode_sparse):
         with pytest.raises(bt.InputError, match=said):
