@@ -15,7 +15,7 @@ best use of a budget of k·B entries.
 Dimensions:  B tokens in a batch   D width of the activations   F latents   N = int(k·B) entries kept
 Calls of `processes` matter only under torchrun; otherwise they return what they are given.
 
-Part one is the method and trains by itself:   1 configuration  2 selection  3 SAE  4 loss  5 θ  6 training
+Part one is the method, and trains by itself:  1 configuration  2 selection  3 SAE  4 loss  5 θ  6 training
 Part two makes it fast and practical:          7 sparse step  8 several processes  9 activations  10 runs
                                                11 evaluation  12 export
 """
@@ -69,6 +69,26 @@ def explained(message, kind=InputError):
     except Exception as error:
         raise kind(message) from error
 
+class OneProcess:
+    """What several processes combine under torchrun (section 8). One alone gets back what it gives."""
+    rank, size = 0, 1
+
+    def own(self, x):
+        return x
+
+    sum_ = total = least = concatenate = all_latents = own
+
+    def gather(self, t):
+        return t[None]
+
+    def largest(self, index, value, n):
+        return index, value
+
+    def share(self, cfg):
+        return slice(None)
+
+processes = OneProcess()
+
 # ==================== Part one: the method ====================
 # ---- 1. Configuration ----------------------------------------
 
@@ -82,7 +102,7 @@ DTYPES = "auto", "float32", "bfloat16"
 class Config:
     """Everything a run depends on. The command line makes its options from these fields."""
 
-    # The dictionary
+    # The dictionary. In brackets: a value of the paper, or of its authors' code
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", min=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", min=1)
     k: float = option(32, "average number of active latents per token")
@@ -101,12 +121,12 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", min=1)
     step: str = option("sparse", "fast, or plain autograd; the same results", "sparse", "plain")
-    encoder_dtype: str = option("auto", "the search's precision; auto: bfloat16 if hardware has it", *DTYPES)
+    encoder_dtype: str = option("auto", "of the sparse step's product; auto: bfloat16 if there", *DTYPES)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
     checkpoint_tokens: int = option(0, "tokens between saved states, beside the time; 0 means any number")
     seed: int = option(0, "seed of weights and shuffling", max=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
-    # Activations
+    # Activations (part two)
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
     layer: int = option(1, "block of the model that is read")
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
@@ -174,16 +194,16 @@ class Config:
         except Exception as error:
             raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
-PAPER = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
+LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
 PRESETS = {
     "tiny": dict(n_latents=4096),
-    "gpt2-small": dict(PAPER, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
-    "gemma-2-2b": dict(PAPER, model="google/gemma-2-2b", layer=12, n_latents=16384, buffer_tokens=1 << 19),
+    "gpt2-small": dict(LARGE, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
+    "gemma-2-2b": dict(LARGE, model="google/gemma-2-2b", layer=12, n_latents=16384, buffer_tokens=1 << 19),
 }
 RECIPES = {  # a recipe replaces what the preset says
     "ours": {},
     "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
-                  warmup=0, decay=0, aux_coef=1 / 32, dead_tokens=20_480),
+                  warmup=0, decay=0, dead_tokens=20_480),
 }
 
 def resolve_device(name: str) -> torch.device:
@@ -198,8 +218,8 @@ def resolve_device(name: str) -> torch.device:
 def batch_topk(z: Tensor, n: int) -> Tensor:
     """BatchTopK (paper, section 3): keep the n largest positive entries of all of z, zero the rest.
 
-    The set of kept entries is held constant, and the gradient flows through their values: no "differentiable
-    approximation of top-k" is involved. Which of several equal entries are kept is unspecified.
+    The set of kept entries is held constant, and the gradient flows through their values. Which of several
+    equal entries are kept is unspecified.
 
         >>> batch_topk(torch.tensor([[5., 1., 0.], [4., 3., -2.]]), 3)
         tensor([[5., 0., 0.],
@@ -220,11 +240,18 @@ def row_topk(z: Tensor, k: int) -> Tensor:
 
 # ---- 3. The sparse autoencoder -------------------------------
 
-class SAE(nn.Module):
-    """A sparse autoencoder. It takes and returns activations in the model's own units.
+def standardize(x, per_token: bool):
+    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself.
 
-    Under torchrun the one that a Trainer trains has only this process's share of the latents (section 8).
+    normalize="scale" leaves x as it is, and is done in training (section 6).
     """
+    if not per_token:
+        return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    return (x - mean) / std, mean, std
+
+class SAE(nn.Module):
+    """A sparse autoencoder. It takes and returns activations in the model's own units."""
 
     def __init__(self, config: Config, share: slice = slice(None)):
         super().__init__()
@@ -234,25 +261,40 @@ class SAE(nn.Module):
         norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # the authors' kaiming_uniform
         self.W_enc = nn.Parameter(norm * rows)  # [F, D], SAELens's transposed: latent j reads along row j
         self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes along row j, which has norm 1
-        F = len(rows)
-        self.b_enc = nn.Parameter(torch.zeros(F))
+        self.b_enc = nn.Parameter(torch.zeros(len(rows)))
         self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
         if config.activation == "jumprelu":
-            self.log_threshold = nn.Parameter(torch.zeros(F))  # each latent's own threshold, instead of θ
+            self.log_threshold = nn.Parameter(torch.zeros(len(rows)))  # thresholds, instead of θ
         self.register_buffer("theta", torch.tensor(math.nan))  # θ, NaN until it has been estimated
-        self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
+        self.register_buffer("tokens_since_fired", torch.zeros(len(rows), dtype=torch.int64))
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(x - b_dec) W_encᵀ + b_enc, before the ReLU: [B, D] -> [B, F]."""
         return functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
 
+    def threshold(self) -> Tensor:
+        """What an entry must exceed at inference: θ [], or JumpReLU's thresholds [F]."""
+        if self.config.activation == "jumprelu":
+            return self.log_threshold.exp()
+        if self.theta.isnan():
+            raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
+        return self.theta
+
     def select(self, z: Tensor, selection: str = "training") -> Tensor:
-        """Zero all of z [B, F] but the active entries."""
+        """Zero all of z [B, F] but the active entries. JumpReLU, too, begins its training as BatchTopK."""
         if self.config.activation == "topk":
             return row_topk(z, int(self.config.k))
         if selection == "training" or selection == "batch" and self.config.activation == "batchtopk":
             return batch_topk(z, self.config.n_kept(len(z)))
         return z.masked_fill(z.float() <= self.threshold(), 0.0)
+
+    def as_rows(self, x: Tensor, selection: str = "theta") -> Tensor:
+        """x [..., D] as rows [B, D] in the dtype of the weights, standardised if normalize="token"."""
+        if x.shape[-1:] != self.b_dec.shape or not x.is_floating_point():
+            raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {len(self.b_dec)}]")
+        check_choice("selection", selection, ("theta", "batch"))
+        rows = x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
+        return standardize(rows, self.config.normalize == "token")[0]
 
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
         """Activations x [..., D] in the model's units, of any float dtype, to latents f [..., F].
@@ -263,6 +305,31 @@ class SAE(nn.Module):
         """
         f = self.select(self.pre_activations(self.as_rows(x, selection)), selection)
         return f.view(*x.shape[:-1], f.shape[-1])
+
+    def decode(self, f: Tensor) -> Tensor:
+        """Latents f [..., F] to reconstructions [..., D], for normalize="token" in standardised units."""
+        return f @ self.W_dec + self.b_dec
+
+    def restore(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Undo standardize: x_hat [..., D] in the units of x [..., D]."""
+        _, mean, std = standardize(x.to(self.W_enc.dtype), self.config.normalize == "token")
+        return x_hat * std + mean
+
+    def forward(self, x: Tensor, selection: str = "theta") -> Tensor:
+        """The reconstruction of x [..., D], in the model's units. As for encode."""
+        return self.restore(self.decode(self.encode(x, selection)), x)
+
+    def is_dead(self) -> Tensor:
+        """Which latents [F] have been silent for config.dead_tokens tokens or more."""
+        return self.tokens_since_fired >= self.config.dead_tokens
+
+    def active_entries(self, rows: Tensor, selection: str):
+        """Row, latent and float32 value, each [m], of the active entries of rows from as_rows."""
+        if self.config.step == "sparse" and len(rows):
+            return sparse_entries(self, rows, selection)  # section 7: the same without a [B, F] matrix
+        f = self.select(self.pre_activations(rows), selection)
+        row, latent = f.nonzero().T
+        return row, latent, f[row, latent].float()
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
@@ -276,47 +343,6 @@ class SAE(nn.Module):
         row = torch.cat([row + i * size for i, (row, _, _) in enumerate(parts)])
         _, latent, value = (torch.cat(tensors) for tensors in zip(*parts))
         return torch.stack([row, latent]), value
-
-    def active_entries(self, rows: Tensor, selection: str):
-        """Row, latent and float32 value, each [m], of the active entries of standardised rows [B, D]."""
-        if self.config.step == "sparse" and len(rows):
-            return sparse_entries(self, rows, selection)  # section 7: the same without a [B, F] matrix
-        f = self.select(self.pre_activations(rows), selection)
-        row, latent = f.nonzero().T
-        return row, latent, f[row, latent].float()
-
-    def decode(self, f: Tensor) -> Tensor:
-        """Latents f [..., F] to reconstructions [..., D], for normalize="token" in standardised units."""
-        return f @ self.W_dec + self.b_dec
-
-    def forward(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """The reconstruction of x [..., D], in the model's units. As for encode."""
-        return self.restore(self.decode(self.encode(x, selection)), x)
-
-    def threshold(self) -> Tensor:
-        """What an entry must exceed at inference: θ [], or JumpReLU's thresholds [F]."""
-        if self.config.activation == "jumprelu":
-            return self.log_threshold.exp()
-        if self.theta.isnan():
-            raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
-        return self.theta
-
-    def is_dead(self) -> Tensor:
-        """Which latents [F] have been silent for config.dead_tokens tokens or more."""
-        return self.tokens_since_fired >= self.config.dead_tokens
-
-    def as_rows(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """x [..., D] as standardised rows [B, D] in the dtype of the weights."""
-        if x.shape[-1:] != self.b_dec.shape or not x.is_floating_point():
-            raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {len(self.b_dec)}]")
-        check_choice("selection", selection, ("theta", "batch"))
-        rows = x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
-        return standardize(rows, self.config.normalize == "token")[0]
-
-    def restore(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Undo standardize: x_hat [..., D] in the units of x [..., D]."""
-        _, mean, std = standardize(x.to(self.W_enc.dtype), self.config.normalize == "token")
-        return x_hat * std + mean
 
     def _apply(self, fn, recurse=True):
         """Move or cast, but keep thresholds in float32: in bfloat16 θ would move by up to 0.4 %."""
@@ -344,17 +370,10 @@ class SAE(nn.Module):
         sae.load_state_dict(tensors)
         return sae.to(device)
 
-def standardize(x, per_token: bool):
-    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself."""
-    if not per_token:
-        return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
-    return (x - mean) / std, mean, std
-
 # ---- 4. Loss -------------------------------------------------
 
 def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
-    """mean ‖X - X̂‖² + α · L_aux (paper, section 3) for standardised x [B, D].
+    """mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D], as from SAE.as_rows.
 
     Returns the loss, its parts mse (summed over D) and aux, and f [B, F]. The penalty is JumpReLU's.
     """
@@ -371,7 +390,7 @@ def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
     aux = auxiliary_loss(x, residual.detach(), *rows, sae.config)
     return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
 
-AUX_SHARE = 1 / 96  # of B·F: cap on tokens × dead latents in the auxiliary loss
+AUX_SHARE = 1 / 96  # of B·F: the most entries of Z that L_aux computes; see n_rows
 
 def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
@@ -381,7 +400,6 @@ def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     Z is taken before the ReLU, after which a latent with negative Z on all tokens would get no gradient. e is
     detached, so that live latents get no gradient from L_aux. If many latents are dead, only the first tokens
     of the batch are used, which bounds the cost. W_enc, b_enc and W_dec are the rows of the dead latents.
-    Of several processes each takes its share of k_aux from its own dead latents.
     """
     n_dead = processes.total(len(b_enc))
     if not n_dead or not cfg.aux_k:
@@ -391,31 +409,6 @@ def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     values, latent = z.topk(min(-(-cfg.aux_k // processes.size), len(b_enc)), dim=1, sorted=False)
     f = torch.zeros_like(z).scatter(1, latent, values)
     return (residual[:n_rows] - processes.sum_(f @ W_dec)).square().sum(1).mean()
-
-# JumpReLU (Rajamanoharan et al. 2024) is a rival, here for comparison. The method goes on in section 5.
-
-JUMP_START = 0.3  # share of the run in which it selects as BatchTopK and all thresholds follow BatchTopK's
-WINDOW = 0.03  # width ε of the kernel, in units of the inputs' root mean squared norm (their paper: 0.001)
-L0_RATE = 0.1  # how fast the penalty's weight λ follows L0 / k, per step
-
-class JumpReLU(torch.autograd.Function):
-    """(f, active) = (z · 1[z > θ], 1[z > θ]) for z [B, F], θ [F], with straight-through gradients for θ.
-
-    Where |z - θ| < ε/2, f falls by θ/ε and `active` by 1/ε as θ rises (their equations 11 and 12).
-    """
-
-    @staticmethod
-    def forward(ctx, z, theta, width):
-        ctx.save_for_backward(z, theta)
-        ctx.width = width
-        active = (z > theta).to(z.dtype)
-        return z * active, active
-
-    @staticmethod
-    def backward(ctx, d_f, d_active):
-        z, theta = ctx.saved_tensors
-        near = ((z - theta).abs() < ctx.width / 2) & (z > 0)
-        return d_f * (z > theta), -(near * (theta * d_f + d_active)).sum(0) / ctx.width, None
 
 # ---- 5. θ: one number that stands in for the batch -----------
 
@@ -428,7 +421,7 @@ def running_rate(rate, n):
 def update_theta_(sae: SAE, threshold: float, n_updates: int):
     """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
 
-    Without bias correction θ is 36 % short after 100 steps, and far too many latents fire.
+    Started at 0 without bias correction, θ is 36 % short after 100 steps, and far too many latents fire.
     """
     rate = running_rate(THETA_RATE, n_updates)
     sae.theta.copy_(threshold if n_updates == 1 else sae.theta + rate * (threshold - sae.theta))
@@ -440,16 +433,12 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     JumpReLU's thresholds are multiplied by a factor found in the same way, so that L0 becomes k and methods
     are compared at equal L0. InputError if no entry is positive.
     """
-    judge, smallest, jumprelu = sae, [], sae.config.activation == "jumprelu"
-    if jumprelu:
-        judge = copy.deepcopy(sae)
-        judge.config = dataclasses.replace(sae.config, activation="batchtopk")
-        judge.W_enc.div_(sae.threshold()[:, None])
-        judge.b_enc.div_(sae.threshold())
+    jumprelu, smallest = sae.config.activation == "jumprelu", []
+    judge = in_units_of_thresholds(sae) if jumprelu else sae
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
         value = judge.active_entries(judge.as_rows(x), "batch")[2]
         least = processes.least(float(value.min()) if len(value) else math.inf)
-        smallest += [least] if least < math.inf else []
+        smallest += [least] if least != math.inf else []
     mean = sum(smallest) / len(smallest) if smallest else math.nan
     if not math.isfinite(mean):
         raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
@@ -475,15 +464,15 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 # ---- 6. Training ---------------------------------------------
 
 def plain_step(trainer: Trainer, x: Tensor, lr: float):
-    """One step on standardised x [B, D]. Returns mse, aux, and of active entries latent and value."""
+    """One step on x [B, D], as from SAE.as_rows. Returns mse, aux, and of active entries latent and value."""
     sae = trainer.sae
     total, mse, aux, f = loss(sae, x, trainer.penalty())
     trainer.check_finite(mse.item())
     gradients = torch.autograd.grad(total, list(sae.parameters()), allow_unused=True)
     gradient = {name: g for (name, _), g in zip(sae.named_parameters(), gradients) if g is not None}
-    silent = ~gradient["W_dec"].any(1, keepdim=True)  # latents that got no gradient
+    silent = ~gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents that got no gradient and rest
     trainer.update_({name: gradient.pop(name) for name in ("W_enc", "W_dec", "b_enc")}, lr, silent=silent)
-    trainer.update_(gradient, lr)
+    trainer.update_(gradient, lr)  # what is left: b_dec
     return mse.item(), aux.item(), f.nonzero()[:, 1], f.detach()[f > 0]
 
 class StepStats(NamedTuple):
@@ -502,24 +491,21 @@ DECODER_LR = 2  # W_dec learns at this multiple of the learning rate
 class Trainer:
     """Trains one SAE step by step, with the plain step above or the sparse step of section 7.
 
-    normalize="scale" trains as if the inputs were s·x, with a mean squared norm of D around their mean. For a
-    ReLU dictionary that equals training on x with the biases' learning rate divided by s, which is what is
-    done: the weights are in the model's units at all times.
+    normalize="scale" trains as if the inputs were s·x, with a mean squared norm of D around their mean. The
+    weights stay in the model's units: scaling x scales the biases by s and each gradient by a constant, which
+    Adam ignores. So biases learn at lr / s, and that is all.
     """
-
-    NUMBERS = ("tokens_seen", "steps", "seconds", "theta_updates", "scale", "variance", "last_threshold",
-               "l0_coef")
 
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = SAE(cfg, processes.share(cfg)).to(self.device)
         self.tokens_seen, self.steps, self.seconds, self.theta_updates = 0, 0, 0.0, 0
-        self.scale = self.variance = 0.0  # s, and the variance of the first batch; 0 until they are set
+        self.scale = self.variance = 0.0  # s, and the data's variance; 0 until initialize_
         self.last_threshold = 0.0  # smallest entry kept by the last step
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
         self.moments = {f"{name}.{moment}": torch.zeros_like(parameter, requires_grad=False)
                         for name, parameter in self.sae.named_parameters() for moment in ("mean", "square")}
-        self.moments["updates"] = torch.zeros_like(self.sae.b_enc.data)  # steps with a gradient
+        self.moments["updates"] = torch.zeros_like(self.sae.b_enc.data)  # of each latent, with a gradient
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
@@ -572,11 +558,11 @@ class Trainer:
 
     @torch.no_grad()
     def update_(self, gradient: dict[str, Tensor], lr: float, rows=slice(None), silent: Tensor | None = None):
-        """One step of Adam on parameters, or on some rows of them (a slice or indices), given the gradients.
+        """One step of Adam on parameters, or on some rows of them (a slice; indices in the sparse step).
 
-        A latent that is `silent` [rows, 1], without a gradient, stays as it is, and its moments count only
-        the steps in which it had one ("lazy", as in torch.optim.SparseAdam): dense Adam shrinks a rare
-        latent's moments to nothing between its firings, so that its step is all noise when it fires.
+        A latent that is `silent` [rows, 1] got no gradient and stays as it is. Its moments, and their bias
+        correction, count only the steps in which it got one ("lazy", as in torch.optim.SparseAdam): dense
+        Adam would shrink a rare latent's moments to nothing between its firings.
         """
         view, updates = isinstance(rows, slice), self.moments["updates"]
         if silent is None:  # parameters that all latents share
@@ -589,26 +575,28 @@ class Trainer:
         rates = [running_rate(1 - beta, n).masked_fill(silent, 0.0) for beta in betas]
         for name, g in gradient.items():
             unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
+            # Adam's ε: gradients are s² / unit times smaller than those of s·x. An infinite ε means no step
             epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
             moments = (self.moments[f"{name}.{moment}"] for moment in ("mean", "square"))
             tensors = g, getattr(self.sae, name).data, *moments
             g, *stored = (t[:, None] if t.ndim == 1 else t for t in tensors)
             W, mean, square = new = [t[rows] if view else t.index_select(0, rows) for t in stored]
             if name == "W_dec":
-                g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # no growth along a row
+                g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
             mean.lerp_(g, rates[0])
             square.lerp_(g * g, rates[1])
             speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
-            W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)  # 0 with an infinite ε
+            W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)
             if name == "W_dec":
-                W.div_(W.norm(dim=1, keepdim=True).masked_fill_(silent, 1.0))  # saved rows have norm 1
+                W.div_(W.norm(dim=1, keepdim=True).masked_fill_(silent, 1.0))  # back to norm 1
             for old, tensor in zip(stored, new) if not view else ():
                 old.index_copy_(0, rows, tensor)
 
     def penalty(self) -> tuple[float, float] | None:
         """JumpReLU's λ and ε in units of the inputs; None while it still selects as BatchTopK does."""
-        early = not self.last_threshold or self.tokens_seen < JUMP_START * self.cfg.tokens
-        if self.cfg.activation != "jumprelu" or early:
+        if self.cfg.activation != "jumprelu" or not self.last_threshold:
+            return None
+        if self.tokens_seen < JUMP_START * self.cfg.tokens:
             return None
         self.l0_coef = self.l0_coef or self.last_threshold**2 / (2 * self.variance)  # an entry saves about z²
         return self.l0_coef * self.variance, WINDOW * math.sqrt(self.variance)
@@ -616,6 +604,9 @@ class Trainer:
     def check_finite(self, mse: float):
         if not math.isfinite(mse):  # called before anything is changed
             raise InputError(f"loss {mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
+
+    NUMBERS = ("tokens_seen", "steps", "seconds", "theta_updates", "scale", "variance", "last_threshold",
+               "l0_coef")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a resumed run needs to be the run."""
@@ -634,7 +625,7 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ.
 
     Args: batches, any iterable of float tensors [n, D] of any n, in the model's units; a list is repeated.
-        The first 5 % of cfg.tokens, at most cfg.eval_tokens, are set aside for θ.
+        The first 5 % of cfg.tokens, at most cfg.eval_tokens, set b_dec, s and θ; the first pass skips them.
     Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
     """
     trainer = Trainer(cfg)
@@ -658,26 +649,6 @@ def repeat(batches):
         for n, batch in enumerate(batches, 1):
             yield batch
 
-class OneProcess:
-    """What several processes combine under torchrun (section 8). One alone gets back what it gives."""
-    rank, size = 0, 1
-
-    def own(self, x):
-        return x
-
-    sum_ = total = least = concatenate = all_latents = own
-
-    def gather(self, t):
-        return t[None]
-
-    def largest(self, index, value, n):
-        return index, value
-
-    def share(self, cfg):
-        return slice(None)
-
-processes = OneProcess()
-
 # ==================== Part two: fast and practical ====================
 # ---- 7. The same step, sparse --------------------------------
 
@@ -696,7 +667,6 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
     threshold, `hint`, is not above the true one. If it was, fewer than n are found, and all is repeated.
     In bfloat16 the product only nominates entries; their values are computed again in float32 and decide.
     centred is x - b_dec [B, D]; hint a number or [F]. Returns latent, row, value [m], by latent, then row.
-    For TopK these are row_entries', whatever the hint.
     """
     if sae.config.activation == "topk":
         return row_entries(sae, centred)
@@ -766,8 +736,8 @@ def sparse_entries(sae, rows, selection):
 @torch.no_grad()
 def sparse_step(trainer, x, lr):
     """plain_step, sparse. Entry i of f has a row r_i, a latent l_i and a value v_i."""
-    sae, cfg, penalty, n_latents = trainer.sae, trainer.cfg, trainer.penalty(), len(trainer.sae.b_enc)
-    centred, dtype = x - sae.b_dec, product_dtype(cfg, x.device)
+    sae, cfg, penalty = trainer.sae, trainer.cfg, trainer.penalty()
+    centred, dtype = x - sae.b_dec, choose_dtype(cfg.encoder_dtype, multiplies_bfloat16(x.device))
     # Search
     if penalty:
         (coef, width), theta = penalty, sae.log_threshold.exp()
@@ -777,13 +747,12 @@ def sparse_step(trainer, x, lr):
         hint, n = HINT * trainer.last_threshold, cfg.n_kept(len(x))
         latent, row, value = find_entries(sae, centred, hint, n, dtype)
     # Reconstruct: for each row a sum of decoder rows
-    order, starts = row.argsort(stable=True), group_starts(latent, n_latents)
+    order, starts = row.argsort(stable=True), group_starts(latent, len(sae.b_enc))
     x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row[order], len(x)))
     residual = torch.sub(centred, processes.sum_(x_hat), out=x_hat)
     mse, dead = residual.square().sum(1).mean(), sae.is_dead().nonzero().squeeze(1)
     with torch.enable_grad():  # dense over the dead latents, differentiated by autograd
         rows = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
-        rows = [t.detach().requires_grad_() for t in rows]
         aux = auxiliary_loss(x, residual, *rows, cfg)
         d_aux = torch.autograd.grad(cfg.aux_coef * aux, rows) if aux.requires_grad else None
     mse, aux = torch.stack([mse, aux.detach()]).tolist()  # on a GPU the host waits here
@@ -841,10 +810,9 @@ def sampled_product(a, b, i, j):
                                          check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, a, b.T, beta=0.0).values()
 
-def product_dtype(cfg, device):
-    """The precision of the encoder product in training."""
-    wanted = cfg.encoder_dtype == "bfloat16" or cfg.encoder_dtype == "auto" and multiplies_bfloat16(device)
-    return torch.bfloat16 if wanted else torch.float32
+def choose_dtype(name, auto):
+    """What one of DTYPES stands for; "auto" for bfloat16 if `auto`."""
+    return torch.bfloat16 if name == "bfloat16" or name == "auto" and auto else torch.float32
 
 def multiplies_bfloat16(device):
     """Whether the hardware does: GPUs from compute capability 8.0, CPUs with AVX512-BF16 or AMX."""
@@ -853,10 +821,44 @@ def multiplies_bfloat16(device):
     flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 cannot tell
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
+# JumpReLU (Rajamanoharan et al. 2024) is a rival, here for comparison.
+
+JUMP_START = 0.3  # share of the run in which it selects as BatchTopK and all thresholds follow BatchTopK's
+WINDOW = 0.03  # width ε of the kernel, in units of the inputs' root mean squared norm (their paper: 0.001)
+L0_RATE = 0.1  # how fast the penalty's weight λ follows L0 / k, per step
+
+class JumpReLU(torch.autograd.Function):
+    """(f, active) = (z · 1[z > θ], 1[z > θ]) for z [B, F], θ [F], with straight-through gradients for θ.
+
+    Where |z - θ| < ε/2, f falls by θ/ε and `active` by 1/ε as θ rises (their equations 11 and 12).
+    """
+
+    @staticmethod
+    def forward(ctx, z, theta, width):
+        ctx.save_for_backward(z, theta)
+        ctx.width = width
+        active = (z > theta).to(z.dtype)
+        return z * active, active
+
+    @staticmethod
+    def backward(ctx, d_f, d_active):
+        z, theta = ctx.saved_tensors
+        near = ((z - theta).abs() < ctx.width / 2) & (z > 0)
+        return d_f * (z > theta), -(near * (theta * d_f + d_active)).sum(0) / ctx.width, None
+
+def in_units_of_thresholds(sae):
+    """A BatchTopK copy of a JumpReLU SAE with each latent's Z divided by its threshold: one θ scales all."""
+    judge = copy.deepcopy(sae)
+    judge.config = dataclasses.replace(sae.config, activation="batchtopk")
+    judge.W_enc.div_(sae.threshold()[:, None])
+    judge.b_enc.div_(sae.threshold())
+    return judge
+
 # ---- 8. Several processes ------------------------------------
 
 # Under torchrun every process trains its share of the latents on all tokens of the batch. Weights, gradients
-# and moments are never sent, only activations, the largest values and reconstructions.
+# and moments are never sent, only activations, the largest values and reconstructions. In the auxiliary loss
+# each process takes its share of k_aux from its own dead latents.
 
 class Torchrun(OneProcess):
     """The processes that torchrun started: on GPUs, one for each, NCCL, otherwise gloo."""
@@ -872,10 +874,8 @@ class Torchrun(OneProcess):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def call(self, collective, *arguments):
-        try:
+        with explained("another process of this run has ended, or cannot be reached", Unavailable):
             collective(*arguments)
-        except RuntimeError as error:
-            raise Unavailable("another process of this run has ended, or cannot be reached") from error
 
     def sum_(self, t):
         """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
@@ -946,8 +946,7 @@ class LanguageModel:
                  dtype: str = "auto", device: str = "auto", skip_special: bool = True):
         self.device, self.skip_special = resolve_device(device), skip_special
         auto = self.device.type == "cuda" and multiplies_bfloat16(self.device)
-        half = dtype == "bfloat16" or dtype == "auto" and auto
-        self.model, self.tokenizer = load_model(model, torch.bfloat16 if half else torch.float32)
+        self.model, self.tokenizer = load_model(model, choose_dtype(dtype, auto))
         n_tokens, n_rows = len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]
         if not 1 < n_tokens <= n_rows:
             raise InputError(f"the tokenizer of {model!r} has {n_tokens} tokens, its embedding {n_rows}")
@@ -986,10 +985,7 @@ class LanguageModel:
         raise InputError("the module at this site returns no tensor [n, T, D]; choose another")
 
     def kept_activations(self, ids: Tensor) -> Tensor:
-        """Activations [m, D] at the positions of ids [n, T] that the SAE reads.
-
-        Of several processes each runs its share of the contexts.
-        """
+        """Activations [m, D] where the SAE reads ids [n, T]; several processes share the contexts."""
         ids = ids.tensor_split(processes.size)[processes.rank]
         nothing = torch.zeros(0, self.d_model, dtype=self.model.dtype, device=self.device)
         return processes.concatenate(self.activations(ids)[self.is_kept(ids)] if len(ids) else nothing)
@@ -1113,14 +1109,10 @@ class Position(NamedTuple):
     contexts: int = 0  # used of this chunk before the current buffer of activations
     batches: int = 0  # used of this buffer
 
-TEXT_SHUFFLE = 8192
+TEXT_SHUFFLE = 8192  # contexts, because a few long documents could fill the buffer of activations
 
 def contexts(cfg, tokenizer, at=Position()):
-    """Training text without end: blocks [model_batch, T] of token ids, each with the Position after it.
-
-    It is shuffled TEXT_SHUFFLE contexts at a time, because a few long documents could fill the buffer of
-    activations. The next such chunk is tokenised in a background thread.
-    """
+    """Training text without end: blocks [model_batch, T] of token ids, each with the Position after it."""
     passes, left = (documents(cfg, "train") for _ in itertools.count()), threading.Event()
     texts = itertools.islice(itertools.chain.from_iterable(passes), at.documents, None)
     texts = itertools.takewhile(lambda text: not left.is_set(), texts)
@@ -1189,10 +1181,9 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
 
     An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
-    evaluation.json in folder/name; the name "" means `folder` itself. Until all is done
-    folder/state.safetensors holds what resume=True continues from, on a CPU bit for bit. It is written at
-    every checkpoint, and when training is stopped or the data set fails.
-
+    evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state.safetensors,
+    written at checkpoints and when training ends early, holds what resume=True continues from, on a CPU bit
+    for bit.
     Args: configs by name, which may differ in the fields of OWN; on_step, called after each of the largest
         batches with the tokens seen and each SAE's last statistics; if it returns True, training stops.
     Returns: evaluate_run's results, with "dead" (share of latents at the end) and "step_seconds" added.
@@ -1202,7 +1193,7 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     folder, first, largest = Path(folder), next(iter(configs.values())), check_shared(configs)
     if processes.rank == 0:
         check_run_folder(folder, resume)
-    with locked(folder):
+    with contextlib.nullcontext() if processes.rank else locked(folder):
         if processes.rank == 0:
             check_room(configs, folder)
         trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
@@ -1247,8 +1238,7 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
         tensors = load_tensors(state_path(folder, tokens), json.dumps(texts))
         at = Position(*tensors["position"].tolist())
         for name, trainer in trainers.items():
-            trainer.load_state_dict({key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()
-                                     if key.startswith(f"{name}/")})
+            trainer.load_state_dict({key.removeprefix(f"{name}/"): t for key, t in tensors.items()})
             tokens = trainer.tokens_seen
     records = {name: read_records(folder / name / "metrics.jsonl", tokens) for name in trainers}
     for name, text in texts.items() if processes.rank == 0 else ():
@@ -1332,9 +1322,6 @@ def check_run_folder(folder: Path, resume: bool = False):
 def locked(folder: Path):
     """Make a folder and hold it for this run alone, as long as its process 0 lives."""
     import fcntl
-    if processes.rank:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder, os.O_RDONLY)
     try:
@@ -1451,12 +1438,9 @@ def reconstruct(sae, x, selection):
     x_hat = processes.sum_(sum_rows(sae.W_dec, latent, value, group_starts(row, len(x))))
     return sae.restore(x_hat + sae.b_dec, x), row, latent
 
-@torch.no_grad()
 def splice_losses(sae, lm, contexts, mean):
-    """The cross-entropy metrics of evaluate, over contexts [n, T]; mean [D] is the mean activation.
-
-    The SAE reads a batch at a time, the model a few contexts: a batch's logits would take many gigabytes.
-    """
+    """The cross-entropy metrics of evaluate, over contexts [n, T]; mean [D] is the mean activation."""
+    # The SAE reads a batch at a time, the model a few contexts: a batch's logits would take many gigabytes.
     sums, n_tokens = dict.fromkeys(("clean", "zero", "mean", "batch", "theta"), torch.zeros(2)), 0
     few = max(1, (1 << 25) // (contexts.shape[1] * lm.model.get_output_embeddings().weight.shape[0]))
 
