@@ -56,6 +56,7 @@ class Unavailable(LookupError):
     """A file, run, device or model that is not here; the message says what to do next."""
 
 def check_choice(name, value, choices):
+    """InputError unless value is one of the choices."""
     if value not in choices:
         raise InputError(f"{name} is {value!r}; choose one of: {', '.join(choices)}")
 
@@ -121,7 +122,7 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", min=1)
     step: str = option("sparse", "fast, or plain autograd; the same results", "sparse", "plain")
-    encoder_dtype: str = option("auto", "of the sparse step's product; auto: bfloat16 if there", *DTYPES)
+    encoder_dtype: str = option("auto", "precision of the product; auto: bfloat16 where it is fast", *DTYPES)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
     checkpoint_tokens: int = option(0, "tokens between saved states, beside the time; 0 means any number")
     seed: int = option(0, "seed of weights and shuffling", max=2**63 - 1)
@@ -264,7 +265,7 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(len(rows)))
         self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
         if config.activation == "jumprelu":
-            self.log_threshold = nn.Parameter(torch.zeros(len(rows)))  # thresholds, instead of θ
+            self.log_threshold = nn.Parameter(torch.zeros(len(rows)))  # each latent's, instead of θ
         self.register_buffer("theta", torch.tensor(math.nan))  # θ, NaN until it has been estimated
         self.register_buffer("tokens_since_fired", torch.zeros(len(rows), dtype=torch.int64))
 
@@ -472,7 +473,7 @@ def plain_step(trainer: Trainer, x: Tensor, lr: float):
     gradient = {name: g for (name, _), g in zip(sae.named_parameters(), gradients) if g is not None}
     silent = ~gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents that got no gradient and rest
     trainer.update_({name: gradient.pop(name) for name in ("W_enc", "W_dec", "b_enc")}, lr, silent=silent)
-    trainer.update_(gradient, lr)  # what is left: b_dec
+    trainer.update_(gradient, lr)  # what is left: b_dec and JumpReLU's thresholds
     return mse.item(), aux.item(), f.nonzero()[:, 1], f.detach()[f > 0]
 
 class StepStats(NamedTuple):

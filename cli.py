@@ -224,7 +224,7 @@ def train_with_bar(configs: dict[str, bt.Config], folder: Path, again: str,
         say(f"saved; continue with: {again}")
         raise typer.Exit(128 + stopped) from None
     except (bt.InputError, bt.Unavailable, OSError) as error:
-        if bt.saved_states(folder)[-1:] and bt.saved_states(folder)[-1][0] == bt.processes.size:
+        if [n for n, _ in bt.saved_states(folder)][-1:] == [bt.processes.size]:
             error.add_note(f"the run is saved; continue with: {again}")
         raise
     finally:
@@ -311,9 +311,10 @@ def export(
     with err.status("comparing with the SAE"):
         x, what = activations_to_compare(sae, run)
         bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
-        found = {"tokens": len(x), "l0": len(sae.encode_sparse(x)[1]) / len(x)}
         if format == "torchscript":
             found = bt.compare_exported(sae, torch.jit.load(path), x)
+        else:
+            found = {"tokens": len(x), "l0": len(sae.encode_sparse(x)[1]) / len(x)}
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
         return

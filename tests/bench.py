@@ -104,11 +104,13 @@ def synthetic_batches(cfg, device):
 
 def measure_shared(cfg, repeat):
     """The step of all of torchrun's processes together: its time, the memory of one, and what is sent."""
-    bt.join_processes(cfg.device)
     group, sent, call = bt.processes, [], getattr(bt.processes, "call", None)
     device = bt.resolve_device(cfg.device)
     batches, trainer = itertools.cycle(synthetic_batches(cfg, device)), bt.Trainer(cfg)
-    run = lambda: trainer.step(next(batches))  # noqa: E731
+
+    def run():
+        trainer.step(next(batches))
+
     run()
     held = sum(t.nbytes for t in trainer.state_dict().values())
     peak, times = peak_memory(run, device), [seconds(run, device) for _ in range(repeat)]
@@ -306,6 +308,10 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     a = parser.parse_args(arguments)
     try:
+        if a.shared:
+            bt.join_processes(a.device)  # which gives each process its GPU
+        if a.export and not Path(a.export).is_file():
+            raise bt.Unavailable(f"there is no file {a.export!r}; give one that `cli.py export` wrote")
         cfg = bt.Config(d_model=a.d_model, n_latents=a.n_latents, batch_size=a.batch_size, k=a.k,
                         device=str(bt.resolve_device(a.device)), encoder_dtype="float32", tokens=10**12,
                         dead_tokens=10**12)
