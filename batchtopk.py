@@ -2,22 +2,22 @@
 
 A sparse autoencoder (SAE) writes an activation x of a language model as a sum of few directions out of many:
 
-    Z = ReLU((X - b_dec) W_encᵀ + b_enc)     pre-activations of all latents, for a batch of tokens
-    f = BatchTopK(Z)                         keep the k·B largest entries of the whole matrix, zero the rest
+    Z = (X - b_dec) W_encᵀ + b_enc           pre-activations of all latents, for a batch of tokens
+    f = BatchTopK(Z)                         keep the k·B largest positive entries of Z, zero the rest
     X̂ = f W_dec + b_dec                      reconstruction: each active latent adds its decoder row
     L = mean ‖X - X̂‖² + α · L_aux            L_aux gives latents that stopped firing a gradient
-    f = Z · 1[Z > θ]                         inference: one threshold θ stands in for the batch
+    f = Z · 1[Z > θ]                         inference: one threshold θ > 0 stands in for the batch
 
 TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
 W_dec have norm 1, so dropping an active entry z adds about z² to the squared error: the k·B largest are the
 best use of a budget of k·B entries.
 
-Dimensions:  B tokens in a batch   D width of the activations   F latents   N = int(k·B) entries kept
+Dimensions:  B tokens in a batch   D width of the activations   F latents   N = max(1, int(k·B)) entries kept
 Calls of `processes` matter only under torchrun; otherwise they return what they are given.
 
-Part one is the method, and trains by itself:  1 configuration  2 selection  3 SAE  4 loss  5 θ  6 training
-Part two makes it fast and practical:          7 sparse step  8 several processes  9 activations  10 runs
-                                               11 evaluation  12 export
+Part one is the method, and trains by itself (step="plain"):  1 configuration  2 selection  3 SAE  4 loss
+                                                              5 θ  6 training
+Part two makes it fast and practical:  7 sparse step  8 activations  9 runs  10 evaluation  11 export
 """
 
 from __future__ import annotations
@@ -49,53 +49,12 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-class InputError(ValueError):
-    """A value that cannot work; the message names it and says what is accepted."""
-
-class Unavailable(LookupError):
-    """A file, run, device or model that is not here; the message says what to do next."""
-
-def check_choice(name, value, choices):
-    """InputError unless value is one of the choices."""
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}; choose one of: {', '.join(choices)}")
-
-@contextlib.contextmanager
-def explained(message, kind=InputError):
-    """Turn whatever fails inside into one error."""
-    try:
-        yield
-    except (InputError, Unavailable):
-        raise
-    except Exception as error:
-        raise kind(message) from error
-
-class OneProcess:
-    """What several processes combine under torchrun (section 8). One alone gets back what it gives."""
-    rank, size = 0, 1
-
-    def own(self, x):
-        return x
-
-    sum_ = total = least = concatenate = all_latents = own
-
-    def gather(self, t):
-        return t[None]
-
-    def largest(self, index, value, n):
-        return index, value
-
-    def share(self, cfg):
-        return slice(None)
-
-processes = OneProcess()
-
 # ==================== Part one: the method ====================
 # ---- 1. Configuration ----------------------------------------
 
-def option(default, doc, *choices, min=0, max=math.inf):
+def option(default, doc, *choices, low=0, high=math.inf):
     """A field of Config: its default, what it is, and the values accepted."""
-    return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, min=min, max=max))
+    return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high))
 
 DTYPES = "auto", "float32", "bfloat16"
 
@@ -104,28 +63,28 @@ class Config:
     """Everything a run depends on. The command line makes its options from these fields."""
 
     # The dictionary. In brackets: a value of the paper, or of its authors' code
-    d_model: int = option(dataclasses.MISSING, "D, width of the activations", min=1)
-    n_latents: int = option(dataclasses.MISSING, "F, number of latents", min=1)
+    d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
+    n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "what selects latents", "batchtopk", "topk", "jumprelu")
     normalize: str = option("scale", "one scale for all inputs, or each token standardised", "scale", "token")
     init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
     # Training
-    tokens: int = option(1_000_000, "length of the run in tokens", min=1)
-    batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", min=1)
-    lr: float = option(0.0, "peak learning rate; 0 means min(5e-3, 3e-3 · (1e6 / tokens)^0.3) (paper: 3e-4)")
-    beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", max=1)
-    beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", max=1)
-    warmup: float = option(0.02, "share of the run in which the learning rate rises", max=1)
-    decay: float = option(0.3, "share of the run in which the learning rate falls to 0", max=1)
+    tokens: int = option(1_000_000, "length of the run in tokens", low=1)
+    batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
+    lr: float = option(0.0, "peak learning rate; 0 means 3e-3 · (1e6 / tokens)^0.3, at most 5e-3")
+    beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", high=1)
+    beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", high=1)
+    warmup: float = option(0.02, "share of the run in which the learning rate rises", high=1)
+    decay: float = option(0.3, "share of the run in which the learning rate falls to 0", high=1)
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
-    dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", min=1)
+    dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "fast, or plain autograd; the same results", "sparse", "plain")
     encoder_dtype: str = option("auto", "precision of the product; auto: bfloat16 where it is fast", *DTYPES)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
     checkpoint_tokens: int = option(0, "tokens between saved states, beside the time; 0 means any number")
-    seed: int = option(0, "seed of weights and shuffling", max=2**63 - 1)
+    seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
     # Activations (part two)
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
@@ -137,34 +96,14 @@ class Config:
     dataset: str = option("stdlib", "a hub data set, a .txt, .jsonl or .parquet file, or Python's stdlib")
     dataset_config: str = option("", "configuration of a hub data set that has several")
     text_column: str = option("text", "column that holds the text")
-    context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", min=2)
+    context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
-    model_batch: int = option(32, "contexts in one forward pass of the model", min=1)
-    buffer_tokens: int = option(131_072, "activations that are shuffled at a time", min=1)
-    eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", min=1)
+    model_batch: int = option(32, "contexts in one forward pass of the model", low=1)
+    buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
+    eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            name, value, rules = field.name, getattr(self, field.name), field.metadata
-            if rules["choices"]:
-                check_choice(name, value, rules["choices"])
-            if field.type in ("str", "bool") and type(value).__name__ != field.type:
-                raise InputError(f"{name} is {value!r}; give a {field.type}")
-            if field.type in ("int", "float"):
-                whole, low, high = field.type == "int", rules["min"], rules["max"]
-                number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-                if not number or whole and value % 1:
-                    kind = "whole number" if whole else "number"
-                    raise InputError(f"{name} is {value!r}; give a {kind} from {low} to {high}")
-                object.__setattr__(self, name, int(value) if whole else value)  # 1e6 is a whole number too
-        for fine, message in [
-            (self.k <= self.n_latents, f"k is {self.k:g}, more than the {self.n_latents} latents"),
-            (self.k * self.batch_size >= 1, f"k = {self.k:g} keeps no entry of a batch of {self.batch_size}"),
-            (self.activation != "topk" or self.k % 1 == 0, f"k is {self.k}; topk takes a whole number"),
-            (self.beta1**2 < self.beta2 < 1, "beta2 must lie between beta1² and 1, or steps have no bound"),
-            (self.warmup + self.decay <= 1, "warmup and decay together must be at most 1")]:
-            if not fine:
-                raise InputError(message)
+        check_config(self)
 
     def n_kept(self, rows: int) -> int:
         """N, the number of entries kept among `rows` tokens, at least 1."""
@@ -195,25 +134,6 @@ class Config:
         except Exception as error:
             raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
-LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
-PRESETS = {
-    "tiny": dict(n_latents=4096),
-    "gpt2-small": dict(LARGE, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
-    "gemma-2-2b": dict(LARGE, model="google/gemma-2-2b", layer=12, n_latents=16384, buffer_tokens=1 << 19),
-}
-RECIPES = {  # a recipe replaces what the preset says
-    "ours": {},
-    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
-                  warmup=0, decay=0, dead_tokens=20_480),
-}
-
-def resolve_device(name: str) -> torch.device:
-    """The device a Config asks for. Unavailable if this machine does not have it."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"device {name!r} is not available here; use --device cpu, or auto", Unavailable):
-        device = torch.empty(0, device=auto if name == "auto" else name).device
-        return {"cpu": device, "cuda": device}[device.type]
-
 # ---- 2. Selection: what BatchTopK keeps ----------------------
 
 def batch_topk(z: Tensor, n: int) -> Tensor:
@@ -232,7 +152,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
         raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
     flat = z.flatten()
     values, index = flat.topk(min(n, len(flat)), sorted=False)
-    return torch.zeros_like(flat).scatter(0, index, values.relu()).view_as(z)
+    return torch.zeros_like(flat).scatter(0, index, values.relu()).view_as(z)  # relu: fewer may be positive
 
 def row_topk(z: Tensor, k: int) -> Tensor:
     """TopK (Gao et al. 2024), a rival: keep the k largest positive entries of each row of z [..., F]."""
@@ -242,26 +162,24 @@ def row_topk(z: Tensor, k: int) -> Tensor:
 # ---- 3. The sparse autoencoder -------------------------------
 
 def standardize(x, per_token: bool):
-    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself.
-
-    normalize="scale" leaves x as it is, and is done in training (section 6).
-    """
+    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself."""
     if not per_token:
         return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
     return (x - mean) / std, mean, std
 
 class SAE(nn.Module):
-    """A sparse autoencoder. It takes and returns activations in the model's own units."""
+    """A sparse autoencoder. encode and forward take activations in the model's own units."""
 
     def __init__(self, config: Config, share: slice = slice(None)):
         super().__init__()
         self.config = config
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
-        rows = functional.normalize(torch.randn(F, D, generator=generator)[share], dim=1)
-        norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # the authors' kaiming_uniform
-        self.W_enc = nn.Parameter(norm * rows)  # [F, D], SAELens's transposed: latent j reads along row j
-        self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes along row j, which has norm 1
+        rows = torch.randn(F, D, generator=generator)[share]  # this process's latents, by default all
+        rows = functional.normalize(rows, dim=1)
+        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # their kaiming_uniform
+        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D], SAELens's transposed: latent j reads row j
+        self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes row j, of norm 1
         self.b_enc = nn.Parameter(torch.zeros(len(rows)))
         self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
         if config.activation == "jumprelu":
@@ -270,7 +188,7 @@ class SAE(nn.Module):
         self.register_buffer("tokens_since_fired", torch.zeros(len(rows), dtype=torch.int64))
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(x - b_dec) W_encᵀ + b_enc, before the ReLU: [B, D] -> [B, F]."""
+        """Z = (x - b_dec) W_encᵀ + b_enc: [B, D] -> [B, F]."""
         return functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
 
     def threshold(self) -> Tensor:
@@ -281,19 +199,19 @@ class SAE(nn.Module):
             raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
         return self.theta
 
-    def select(self, z: Tensor, selection: str = "training") -> Tensor:
-        """Zero all of z [B, F] but the active entries. JumpReLU, too, begins its training as BatchTopK."""
+    def select(self, z: Tensor, selection: str) -> Tensor:
+        """Zero all of Z [B, F] but the active entries: the k·B largest, or those above the threshold."""
+        check_choice("selection", selection, ("theta", "batch"))
         if self.config.activation == "topk":
             return row_topk(z, int(self.config.k))
-        if selection == "training" or selection == "batch" and self.config.activation == "batchtopk":
+        if selection == "batch" and self.config.activation == "batchtopk":
             return batch_topk(z, self.config.n_kept(len(z)))
-        return z.masked_fill(z.float() <= self.threshold(), 0.0)
+        return z.masked_fill(z.float() <= self.threshold(), 0.0)  # so that a NaN stays to be seen
 
-    def as_rows(self, x: Tensor, selection: str = "theta") -> Tensor:
+    def as_rows(self, x: Tensor) -> Tensor:
         """x [..., D] as rows [B, D] in the dtype of the weights, standardised if normalize="token"."""
         if x.shape[-1:] != self.b_dec.shape or not x.is_floating_point():
             raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {len(self.b_dec)}]")
-        check_choice("selection", selection, ("theta", "batch"))
         rows = x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
         return standardize(rows, self.config.normalize == "token")[0]
 
@@ -304,7 +222,7 @@ class SAE(nn.Module):
         "batch", BatchTopK over all rows of x, as in training. TopK and JumpReLU have one form each.
         Raises InputError for another width or selection, Unavailable if θ was never estimated.
         """
-        f = self.select(self.pre_activations(self.as_rows(x, selection)), selection)
+        f = self.select(self.pre_activations(self.as_rows(x)), selection)
         return f.view(*x.shape[:-1], f.shape[-1])
 
     def decode(self, f: Tensor) -> Tensor:
@@ -338,20 +256,12 @@ class SAE(nn.Module):
 
         Leading dimensions of x are flattened to rows.
         """
-        rows = self.as_rows(x, selection)
+        rows = self.as_rows(x)
         size = max(1, len(rows)) if selection == "batch" else 4096  # otherwise rows are independent
         parts = [self.active_entries(part, selection) for part in rows.split(size)]
         row = torch.cat([row + i * size for i, (row, _, _) in enumerate(parts)])
         _, latent, value = (torch.cat(tensors) for tensors in zip(*parts))
         return torch.stack([row, latent]), value
-
-    def _apply(self, fn, recurse=True):
-        """Move or cast, but keep thresholds in float32: in bfloat16 θ would move by up to 0.4 %."""
-        exact = {n: t.clone() for n, t in self.state_dict().items() if n in ("theta", "log_threshold")}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            getattr(self, name).data = tensor.to(self.W_dec.device)
-        return self
 
     def save(self, folder: str | os.PathLike):
         """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
@@ -371,6 +281,14 @@ class SAE(nn.Module):
         sae.load_state_dict(tensors)
         return sae.to(device)
 
+    def _apply(self, fn, recurse=True):
+        """Move or cast, but keep thresholds in float32: in bfloat16 θ would move by up to 0.4 %."""
+        exact = {n: t.clone() for n, t in self.state_dict().items() if n in ("theta", "log_threshold")}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            getattr(self, name).data = tensor.to(self.W_dec.device)
+        return self
+
 # ---- 4. Loss -------------------------------------------------
 
 def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
@@ -379,11 +297,10 @@ def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
     Returns the loss, its parts mse (summed over D) and aux, and f [B, F]. The penalty is JumpReLU's.
     """
     z, sparsity = sae.pre_activations(x), 0.0
-    if penalty is None:
-        f = sae.select(z)
+    if sae.config.activation == "jumprelu":
+        f, sparsity = jumprelu(sae, z, penalty)
     else:
-        f, active = JumpReLU.apply(z, sae.log_threshold.exp(), penalty[1])
-        sparsity = penalty[0] * active.sum(1).mean()
+        f = sae.select(z, "batch")
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     dead = sae.is_dead().nonzero().squeeze(1)
@@ -391,14 +308,14 @@ def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
     aux = auxiliary_loss(x, residual.detach(), *rows, sae.config)
     return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
 
-AUX_SHARE = 1 / 96  # of B·F: the most entries of Z that L_aux computes; see n_rows
+AUX_SHARE = 1 / 192  # of B·F: the most entries of Z that L_aux computes
 
 def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
 
         e = X - X̂,   ê = (the k_aux largest Z of the dead latents, per token) W_dec,   L_aux = mean ‖e - ê‖²
 
-    Z is taken before the ReLU, after which a latent with negative Z on all tokens would get no gradient. e is
+    Z has its sign here: after a ReLU a latent with negative Z on all tokens would get no gradient. e is
     detached, so that live latents get no gradient from L_aux. If many latents are dead, only the first tokens
     of the batch are used, which bounds the cost. W_enc, b_enc and W_dec are the rows of the dead latents.
     """
@@ -407,7 +324,8 @@ def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
         return x.new_zeros(())
     n_rows = min(len(x), max(1, int(AUX_SHARE * len(x) * cfg.n_latents / n_dead)))
     z = functional.linear(x[:n_rows] - b_dec, W_enc, b_enc)
-    values, latent = z.topk(min(-(-cfg.aux_k // processes.size), len(b_enc)), dim=1, sorted=False)
+    k = min(math.ceil(cfg.aux_k / processes.size), len(b_enc))
+    values, latent = z.topk(k, dim=1, sorted=False)
     f = torch.zeros_like(z).scatter(1, latent, values)
     return (residual[:n_rows] - processes.sum_(f @ W_dec)).square().sum(1).mean()
 
@@ -416,13 +334,13 @@ def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
 THETA_RATE = 0.01  # of the running estimate
 
 def running_rate(rate, n):
-    """Weight of the n-th value in an exponential average with bias correction: 1, then falling to `rate`."""
+    """Weight of the n-th value in a running average with bias correction: 1, falling to `rate`."""
     return rate / (1 - (1 - rate) ** n)
 
 def update_theta_(sae: SAE, threshold: float, n_updates: int):
     """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
 
-    Started at 0 without bias correction, θ is 36 % short after 100 steps, and far too many latents fire.
+    Started at 0 without bias correction, θ is 37 % short after 100 steps, and far too many latents fire.
     """
     rate = running_rate(THETA_RATE, n_updates)
     sae.theta.copy_(threshold if n_updates == 1 else sae.theta + rate * (threshold - sae.theta))
@@ -434,47 +352,21 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     JumpReLU's thresholds are multiplied by a factor found in the same way, so that L0 becomes k and methods
     are compared at equal L0. InputError if no entry is positive.
     """
-    jumprelu, smallest = sae.config.activation == "jumprelu", []
-    judge = in_units_of_thresholds(sae) if jumprelu else sae
+    if sae.config.activation == "jumprelu":
+        return calibrate_jumprelu(sae, batches)
+    smallest = []
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
-        value = judge.active_entries(judge.as_rows(x), "batch")[2]
+        value = sae.active_entries(sae.as_rows(x), "batch")[2]
         least = processes.least(float(value.min()) if len(value) else math.inf)
-        smallest += [least] if least != math.inf else []
-    mean = sum(smallest) / len(smallest) if smallest else math.nan
-    if not math.isfinite(mean):
+        if least != math.inf:
+            smallest.append(least)
+    theta = sum(smallest) / len(smallest) if smallest else math.nan
+    if not math.isfinite(theta):
         raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
-    if jumprelu:
-        sae.log_threshold.add_(math.log(mean))
-    else:
-        sae.theta.fill_(mean)
-    return mean
-
-def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
-    """Float32 batches [size, D] of tensors [..., D], in order; the last may be smaller."""
-    pending, n = [], 0
-    for chunk in [chunks] if isinstance(chunks, Tensor) else chunks:
-        pending.append(chunk.reshape(-1, chunk.shape[-1]).to(device, torch.float32))
-        n += len(pending[-1])
-        if n >= size:
-            batches = torch.cat(pending).split(size)
-            yield from batches[: n // size]
-            pending, n = list(batches[n // size :]), n % size
-    if n:
-        yield torch.cat(pending)
+    sae.theta.fill_(theta)
+    return theta
 
 # ---- 6. Training ---------------------------------------------
-
-def plain_step(trainer: Trainer, x: Tensor, lr: float):
-    """One step on x [B, D], as from SAE.as_rows. Returns mse, aux, and of active entries latent and value."""
-    sae = trainer.sae
-    total, mse, aux, f = loss(sae, x, trainer.penalty())
-    trainer.check_finite(mse.item())
-    gradients = torch.autograd.grad(total, list(sae.parameters()), allow_unused=True)
-    gradient = {name: g for (name, _), g in zip(sae.named_parameters(), gradients) if g is not None}
-    silent = ~gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents that got no gradient and rest
-    trainer.update_({name: gradient.pop(name) for name in ("W_enc", "W_dec", "b_enc")}, lr, silent=silent)
-    trainer.update_(gradient, lr)  # what is left: b_dec and JumpReLU's thresholds
-    return mse.item(), aux.item(), f.nonzero()[:, 1], f.detach()[f > 0]
 
 class StepStats(NamedTuple):
     """What Trainer.step reports about its batch."""
@@ -490,11 +382,11 @@ class StepStats(NamedTuple):
 DECODER_LR = 2  # W_dec learns at this multiple of the learning rate
 
 class Trainer:
-    """Trains one SAE step by step, with the plain step above or the sparse step of section 7.
+    """Trains one SAE step by step, with plain_step below or the sparse step of section 7.
 
-    normalize="scale" trains as if the inputs were s·x, with a mean squared norm of D around their mean. The
-    weights stay in the model's units: scaling x scales the biases by s and each gradient by a constant, which
-    Adam ignores. So biases learn at lr / s, and that is all.
+    normalize="scale" trains as if the inputs were s·x, with a mean squared norm of D around their mean, but
+    never scales x: with s·x the weights would be the same and the biases s times larger, and Adam ignores the
+    size of gradients. So it is enough that biases learn at lr / s and that Adam's ε is converted.
     """
 
     def __init__(self, cfg: Config):
@@ -518,8 +410,12 @@ class Trainer:
             raise InputError("all activations are equal: there is nothing to learn")
         if self.cfg.init == "data":
             self.sae.b_dec.copy_(x.mean(0))
-        self.variance = variance or 1.0
+        self.variance = variance or 1.0  # one token has none
         self.scale = math.sqrt(x.shape[1] / self.variance) if self.cfg.normalize == "scale" else 1.0
+
+    def check_finite(self, mse: float):
+        if not math.isfinite(mse):  # called before anything is changed
+            raise InputError(f"loss {mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
 
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D], in the model's units. InputError for anything else."""
@@ -534,20 +430,17 @@ class Trainer:
         sae.tokens_since_fired.add_(len(x)).index_fill_(0, latent, 0)
         self.tokens_seen += len(x)
         self.steps += 1
-        n_active, sparsity = processes.total(len(value)), 0.0
+        n_active = processes.total(len(value))
         l0, smallest = n_active / len(x), float(value.min()) if len(value) else math.inf
         smallest = processes.least(smallest) if n_active else math.nan
-        if penalty:
-            sparsity = penalty[0] * l0
-            self.l0_coef *= (max(l0, 1 / len(x)) / cfg.k) ** L0_RATE
+        total = mse + cfg.aux_coef * aux
+        if cfg.activation == "jumprelu":
+            total += update_jumprelu_(self, penalty, l0, smallest)
         elif n_active:
             self.last_threshold = smallest
-            if cfg.activation == "jumprelu":
-                sae.log_threshold.data.fill_(math.log(smallest))
-            else:
-                self.theta_updates += 1
-                update_theta_(sae, smallest, self.theta_updates)
-        total, dead = mse + cfg.aux_coef * aux + sparsity, int(processes.total(int(sae.is_dead().sum())))
+            self.theta_updates += 1
+            update_theta_(sae, smallest, self.theta_updates)
+        dead = int(processes.total(int(sae.is_dead().sum())))
         self.seconds += time.perf_counter() - started
         return StepStats(total, mse, aux, mse / self.variance, l0, dead, smallest, lr)
 
@@ -557,15 +450,19 @@ class Trainer:
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)
         return cfg.peak_lr * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
+    def penalty(self) -> tuple[float, float] | None:
+        """JumpReLU's, for `loss`."""
+        return jumprelu_penalty(self) if self.cfg.activation == "jumprelu" else None
+
     @torch.no_grad()
     def update_(self, gradient: dict[str, Tensor], lr: float, rows=slice(None), silent: Tensor | None = None):
-        """One step of Adam on parameters, or on some rows of them (a slice; indices in the sparse step).
+        """One step of Adam on whole parameters, or on some rows of them (in the sparse step).
 
         A latent that is `silent` [rows, 1] got no gradient and stays as it is. Its moments, and their bias
         correction, count only the steps in which it got one ("lazy", as in torch.optim.SparseAdam): dense
         Adam would shrink a rare latent's moments to nothing between its firings.
         """
-        view, updates = isinstance(rows, slice), self.moments["updates"]
+        in_place, updates = isinstance(rows, slice), self.moments["updates"]
         if silent is None:  # parameters that all latents share
             n = torch.full((1, 1), self.steps + 1.0, device=self.device)
             silent = torch.zeros_like(n, dtype=torch.bool)
@@ -575,52 +472,37 @@ class Trainer:
         betas = self.cfg.beta1, self.cfg.beta2
         rates = [running_rate(1 - beta, n).masked_fill(silent, 0.0) for beta in betas]
         for name, g in gradient.items():
-            unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
-            # Adam's ε: gradients are s² / unit times smaller than those of s·x. An infinite ε means no step
-            epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
             moments = (self.moments[f"{name}.{moment}"] for moment in ("mean", "square"))
             tensors = g, getattr(self.sae, name).data, *moments
-            g, *stored = (t[:, None] if t.ndim == 1 else t for t in tensors)
-            W, mean, square = new = [t[rows] if view else t.index_select(0, rows) for t in stored]
+            g, *stored = (t.view(len(t), -1) for t in tensors)  # [F] as [F, 1]
+            W, mean, square = new = [t[rows] if in_place else t.index_select(0, rows) for t in stored]
             if name == "W_dec":
                 g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
             mean.lerp_(g, rates[0])
             square.lerp_(g * g, rates[1])
+            unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
             speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
+            # Gradients are s² / unit times smaller than those of s·x, and so must ε be. ε = ∞ means no step
+            epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
             W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)
             if name == "W_dec":
                 W.div_(W.norm(dim=1, keepdim=True).masked_fill_(silent, 1.0))  # back to norm 1
-            for old, tensor in zip(stored, new) if not view else ():
+            for old, tensor in zip(stored, new) if not in_place else ():
                 old.index_copy_(0, rows, tensor)
 
-    def penalty(self) -> tuple[float, float] | None:
-        """JumpReLU's λ and ε in units of the inputs; None while it still selects as BatchTopK does."""
-        if self.cfg.activation != "jumprelu" or not self.last_threshold:
-            return None
-        if self.tokens_seen < JUMP_START * self.cfg.tokens:
-            return None
-        self.l0_coef = self.l0_coef or self.last_threshold**2 / (2 * self.variance)  # an entry saves about z²
-        return self.l0_coef * self.variance, WINDOW * math.sqrt(self.variance)
-
-    def check_finite(self, mse: float):
-        if not math.isfinite(mse):  # called before anything is changed
-            raise InputError(f"loss {mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
-
-    NUMBERS = ("tokens_seen", "steps", "seconds", "theta_updates", "scale", "variance", "last_threshold",
-               "l0_coef")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs to be the run."""
-        numbers = torch.tensor([float(getattr(self, name)) for name in self.NUMBERS], dtype=torch.float64)
-        return {"numbers": numbers, **self.sae.state_dict(), **self.moments}
-
-    def load_state_dict(self, state: dict[str, Tensor]):
-        with explained("this state is of another configuration or version"):
-            self.sae.load_state_dict({name: state[name] for name in self.sae.state_dict()})
-            for name, moment in self.moments.items():
-                moment.copy_(state[name])
-            for name, value in zip(self.NUMBERS, state["numbers"].tolist(), strict=True):
-                setattr(self, name, type(getattr(self, name))(value))
+def plain_step(trainer: Trainer, x: Tensor, lr: float):
+    """One step on x [B, D], as from SAE.as_rows. Returns mse, aux, and of active entries latent and value."""
+    sae = trainer.sae
+    total, mse, aux, f = loss(sae, x, trainer.penalty())
+    trainer.check_finite(mse.item())
+    names, parameters = zip(*sae.named_parameters())
+    gradient = dict(zip(names, torch.autograd.grad(total, parameters, materialize_grads=True)))
+    shared = {name: gradient.pop(name) for name in ("b_dec", "log_threshold") if name in gradient}
+    silent = ~gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents without a gradient
+    trainer.update_(gradient, lr, silent=silent)  # W_enc, W_dec, b_enc
+    trainer.update_(shared, lr)
+    row, latent = f.nonzero().T
+    return mse.item(), aux.item(), latent, f.detach()[row, latent]
 
 def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ.
@@ -631,8 +513,8 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """
     trainer = Trainer(cfg)
     stream = rebatch(repeat(batches), cfg.batch_size, trainer.device)
-    n = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
-    held_out = list(itertools.islice(stream, n))
+    n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
+    held_out = list(itertools.islice(stream, n_held_out))
     if held_out:
         trainer.initialize_(torch.cat(held_out))
     while trainer.tokens_seen < cfg.tokens:
@@ -644,11 +526,183 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
 
 def repeat(batches):
     """The batches, again and again if the iterable allows it."""
-    n = 1
-    while n:
-        n = 0
-        for n, batch in enumerate(batches, 1):
+    found = True
+    while found:  # until a pass gives nothing
+        found = False
+        for batch in batches:
+            found = True
             yield batch
+
+# ---- What both parts use: errors, settings, devices, batches ----
+
+class InputError(ValueError):
+    """A value that cannot work; the message names it and says what is accepted."""
+
+class Unavailable(LookupError):
+    """A file, run, device or model that is not here; the message says what to do next."""
+
+def check_choice(name, value, choices):
+    """InputError unless value is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; choose one of: {', '.join(choices)}")
+
+@contextlib.contextmanager
+def explained(message, kind=InputError):
+    """Turn whatever fails inside into one error."""
+    try:
+        yield
+    except (InputError, Unavailable):
+        raise
+    except Exception as error:
+        raise kind(message) from error
+
+def check_config(cfg: Config):
+    """InputError for a value that a field does not accept, or values that do not fit together."""
+    for field in dataclasses.fields(cfg):
+        name, value, rules = field.name, getattr(cfg, field.name), field.metadata
+        if rules["choices"]:
+            check_choice(name, value, rules["choices"])
+        if field.type in ("str", "bool") and type(value).__name__ != field.type:
+            raise InputError(f"{name} is {value!r}; give a {field.type}")
+        if field.type in ("int", "float"):
+            whole, low, high = field.type == "int", rules["low"], rules["high"]
+            number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+            if not number or whole and value % 1:
+                kind = "whole number" if whole else "number"
+                raise InputError(f"{name} is {value!r}; give a {kind} from {low} to {high}")
+            object.__setattr__(cfg, name, int(value) if whole else value)  # 1e6 is a whole number too
+    for fine, message in [
+        (cfg.k <= cfg.n_latents, f"k is {cfg.k:g}, more than the {cfg.n_latents} latents"),
+        (cfg.k * cfg.batch_size >= 1, f"k = {cfg.k:g} keeps no entry of a batch of {cfg.batch_size}"),
+        (cfg.activation != "topk" or cfg.k % 1 == 0, f"k is {cfg.k}; topk takes a whole number"),
+        (cfg.beta1**2 < cfg.beta2 < 1, "beta2 must lie between beta1² and 1"),
+        (cfg.warmup + cfg.decay <= 1, "warmup and decay together must be at most 1")]:
+        if not fine:
+            raise InputError(message)
+
+LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
+PRESETS = {
+    "tiny": dict(n_latents=4096),
+    "gpt2-small": dict(LARGE, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
+    "gemma-2-2b": dict(LARGE, model="google/gemma-2-2b", layer=12, n_latents=16384, buffer_tokens=1 << 19),
+}
+RECIPES = {  # a recipe replaces what the preset says
+    "ours": {},
+    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
+                  warmup=0, decay=0, dead_tokens=20_480),
+}
+
+def resolve_device(name: str) -> torch.device:
+    """The device a Config asks for. Unavailable if this machine does not have it."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with explained(f"device {name!r} is not available here; use --device cpu, or auto", Unavailable):
+        device = torch.empty(0, device=auto if name == "auto" else name).device
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(device.type)
+        return device
+
+def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
+    """Float32 batches [size, D] of tensors [..., D], in order; the last may be smaller."""
+    pending, n = [], 0
+    for chunk in [chunks] if isinstance(chunks, Tensor) else chunks:
+        pending.append(chunk.reshape(-1, chunk.shape[-1]).to(device, torch.float32))
+        n += len(pending[-1])
+        if n >= size:
+            batches = torch.cat(pending).split(size)
+            yield from batches[: n // size]
+            pending, n = list(batches[n // size :]), n % size
+    if n:
+        yield torch.cat(pending)
+
+# ---- Several processes: torchrun -----------------------------
+
+# Every process trains its share of the latents on all tokens of the batch. Weights, gradients and moments are
+# never sent, only activations, the largest values and reconstructions. In the auxiliary loss each process
+# takes its share of k_aux from its own dead latents.
+
+class Processes:
+    """The processes that torchrun started. One alone gets back what it gives."""
+    rank, size = 0, 1
+
+    def join(self, device: str):
+        """Under torchrun, join the others: NCCL on GPUs, one for each, otherwise gloo."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or self.size > 1:
+            return
+        cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+        local = int(os.environ["LOCAL_RANK"])
+        if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
+            raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
+        if cuda:
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def share(self, cfg: Config) -> slice:
+        """The latents of this process."""
+        if self.size > 1 and (cfg.n_latents % self.size or cfg.step == "plain" or cfg.activation == "topk"):
+            raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a "
+                             f"multiple of {self.size}, and train neither topk nor with --step plain")
+        n = cfg.n_latents // self.size
+        return slice(self.rank * n, (self.rank + 1) * n)
+
+    def call(self, collective, *arguments):
+        with explained("another process of this run has ended, or cannot be reached", Unavailable):
+            collective(*arguments)
+
+    def sum_(self, t: Tensor) -> Tensor:
+        """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
+        if self.size > 1:
+            self.call(dist.all_reduce, t.data)
+        return t
+
+    def gather(self, t: Tensor) -> Tensor:
+        """[size, …]: the tensors of all processes, of one shape."""
+        if self.size == 1:
+            return t[None]
+        parts = [torch.empty_like(t) for _ in range(self.size)]
+        self.call(dist.all_gather, parts, t)
+        return torch.stack(parts)
+
+    def total(self, number) -> float:
+        return float(self.gather(torch.tensor(number, dtype=torch.float64)).sum())
+
+    def least(self, number) -> float:
+        return float(self.gather(torch.tensor(number, dtype=torch.float64)).min())
+
+    def concatenate(self, x: Tensor) -> Tensor:
+        """Rows [m, D] of all processes, one after another."""
+        if self.size == 1:
+            return x
+        counts = self.gather(torch.tensor(len(x))).tolist()
+        rows, start = torch.zeros(sum(counts), x.shape[1], device=x.device), sum(counts[: self.rank])
+        rows[start : start + len(x)] = x
+        return self.sum_(rows).to(x.dtype)
+
+    def largest(self, index, value, n: int):
+        """This process's part of the n largest entries; each brings its own n largest, or fewer.
+
+        Of entries equal to the smallest kept one the first processes keep more.
+        """
+        if self.size == 1:
+            return index, value
+        values = self.gather(functional.pad(value, [0, n - len(value)]))  # [size, n]; 0 is padding
+        threshold = values.flatten().topk(n).values.min()
+        places = n - int((values > threshold).sum()) - int((values[: self.rank] == threshold).sum())
+        equal = (value == threshold).nonzero().squeeze(1)
+        keep = (~(value <= threshold)).index_fill_(0, equal[: max(0, places)], True)  # NaN stays to be seen
+        return index[keep], value[keep]
+
+    def all_latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state_dict in process 0's memory with the latents of all; in the others with their own."""
+        for name in state if self.size > 1 else ():
+            if name not in ("b_dec", "theta"):
+                mine = state[name].cpu()
+                parts = [torch.empty_like(mine) for _ in range(self.size)] if self.rank == 0 else None
+                self.call(dist.gather, mine, parts)
+                state[name] = torch.cat(parts or [mine])
+        return state
+
+processes = Processes()
 
 # ==================== Part two: fast and practical ====================
 # ---- 7. The same step, sparse --------------------------------
@@ -727,6 +781,7 @@ def row_entries(sae, centred):
 @torch.no_grad()
 def sparse_entries(sae, rows, selection):
     """SAE.active_entries without a [B, F] matrix."""
+    check_choice("selection", selection, ("theta", "batch"))
     hint, n = HINT * float(sae.theta.nan_to_num(0.0)), sae.config.n_kept(len(rows))
     if sae.config.activation == "jumprelu" or sae.config.activation == "batchtopk" and selection == "theta":
         hint, n = sae.threshold(), None
@@ -847,96 +902,42 @@ class JumpReLU(torch.autograd.Function):
         near = ((z - theta).abs() < ctx.width / 2) & (z > 0)
         return d_f * (z > theta), -(near * (theta * d_f + d_active)).sum(0) / ctx.width, None
 
-def in_units_of_thresholds(sae):
-    """A BatchTopK copy of a JumpReLU SAE with each latent's Z divided by its threshold: one θ scales all."""
-    judge = copy.deepcopy(sae)
-    judge.config = dataclasses.replace(sae.config, activation="batchtopk")
-    judge.W_enc.div_(sae.threshold()[:, None])
-    judge.b_enc.div_(sae.threshold())
-    return judge
+def jumprelu(sae, z, penalty):
+    """f [B, F] of z [B, F], and λ times its L0. Without a penalty it still selects as BatchTopK does."""
+    if penalty is None:
+        return batch_topk(z, sae.config.n_kept(len(z))), 0.0
+    coef, width = penalty
+    f, active = JumpReLU.apply(z, sae.log_threshold.exp(), width)
+    return f, coef * active.sum(1).mean()
 
-# ---- 8. Several processes ------------------------------------
+def jumprelu_penalty(trainer):
+    """λ and ε in units of the inputs; None at the start of the run."""
+    if not trainer.last_threshold or trainer.tokens_seen < JUMP_START * trainer.cfg.tokens:
+        return None
+    trainer.l0_coef = trainer.l0_coef or trainer.last_threshold**2 / (2 * trainer.variance)  # of an entry: z²
+    return trainer.l0_coef * trainer.variance, WINDOW * math.sqrt(trainer.variance)
 
-# Under torchrun every process trains its share of the latents on all tokens of the batch. Weights, gradients
-# and moments are never sent, only activations, the largest values and reconstructions. In the auxiliary loss
-# each process takes its share of k_aux from its own dead latents.
+def update_jumprelu_(trainer, penalty, l0, smallest):
+    """After a step: adapt λ, or at the start the thresholds. Returns the step's penalty λ · L0."""
+    if penalty:
+        trainer.l0_coef *= (max(l0, 1 / trainer.cfg.batch_size) / trainer.cfg.k) ** L0_RATE
+        return penalty[0] * l0
+    if l0:
+        trainer.last_threshold = smallest
+        trainer.sae.log_threshold.data.fill_(math.log(smallest))
+    return 0.0
 
-class Torchrun(OneProcess):
-    """The processes that torchrun started: on GPUs, one for each, NCCL, otherwise gloo."""
+def calibrate_jumprelu(sae, batches):
+    """calibrate, with each latent's Z divided by its threshold: the θ found scales all thresholds."""
+    scaled = copy.deepcopy(sae)
+    scaled.config = dataclasses.replace(sae.config, activation="batchtopk")
+    scaled.W_enc.div_(sae.threshold()[:, None])
+    scaled.b_enc.div_(sae.threshold())
+    factor = calibrate(scaled, batches)
+    sae.log_threshold.add_(math.log(factor))
+    return factor
 
-    def __init__(self, device: str):
-        cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
-        local = int(os.environ["LOCAL_RANK"])
-        if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
-            raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
-        if cuda:
-            torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def call(self, collective, *arguments):
-        with explained("another process of this run has ended, or cannot be reached", Unavailable):
-            collective(*arguments)
-
-    def sum_(self, t):
-        """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
-        self.call(dist.all_reduce, t.data)
-        return t
-
-    def gather(self, t):
-        """[size, …]: the tensors of all processes, of one shape."""
-        parts = torch.empty(self.size, *t.shape, dtype=t.dtype, device=t.device)
-        self.call(dist.all_gather, list(parts), t)
-        return parts
-
-    def total(self, number):
-        return float(self.gather(torch.tensor(number, dtype=torch.float64)).sum())
-
-    def least(self, number):
-        return float(self.gather(torch.tensor(number, dtype=torch.float64)).min())
-
-    def concatenate(self, x):
-        """Rows [m, D] of all processes, one after another."""
-        counts = self.gather(torch.tensor(len(x))).tolist()
-        rows, start = torch.zeros(sum(counts), x.shape[1], device=x.device), sum(counts[: self.rank])
-        rows[start : start + len(x)] = x
-        return self.sum_(rows).to(x.dtype)
-
-    def largest(self, index, value, n):
-        """This process's part of the n largest entries; each brings its own n largest, or fewer.
-
-        Of entries equal to the smallest kept one the first processes keep more.
-        """
-        values = self.gather(functional.pad(value, [0, n - len(value)]))  # [size, n]; 0 is padding
-        threshold = values.flatten().topk(n).values.min()
-        places = n - int((values > threshold).sum()) - int((values[: self.rank] == threshold).sum())
-        equal = (value == threshold).nonzero().squeeze(1)
-        keep = (~(value <= threshold)).index_fill_(0, equal[: max(0, places)], True)  # NaN stays to be seen
-        return index[keep], value[keep]
-
-    def share(self, cfg):
-        if cfg.n_latents % self.size or cfg.step == "plain" or cfg.activation == "topk":
-            raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a "
-                             f"multiple of {self.size}, and train neither topk nor with --step plain")
-        n = cfg.n_latents // self.size
-        return slice(self.rank * n, (self.rank + 1) * n)
-
-    def all_latents(self, state):
-        """A state_dict in process 0's memory with the latents of all; in the others with their own."""
-        for name, mine in state.items():
-            if name not in ("b_dec", "theta"):
-                whole = torch.empty(self.size, *mine.shape, dtype=mine.dtype) if self.rank == 0 else None
-                self.call(dist.gather, mine.cpu(), None if whole is None else list(whole))
-                state[name] = mine if whole is None else whole.flatten(0, 1)
-        return state
-
-def join_processes(device: str):
-    """Under torchrun, join the other processes; otherwise do nothing."""
-    global processes
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and processes.size == 1:
-        processes = Torchrun(device)
-
-# ---- 9. Activations of a language model ----------------------
+# ---- 8. Activations of a language model ----------------------
 
 TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  # the embedded default model
 
@@ -954,7 +955,7 @@ class LanguageModel:
         self.model.to(self.device).eval().requires_grad_(False)
         special = [i for i in self.tokenizer.all_special_ids if i is not None]
         self.special = torch.tensor(special, dtype=torch.int64, device=self.device)
-        self.module, self.reads_input = find_site(self.model, layer, site, module)
+        self.site = find_site(self.model, layer, site, module)
         self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
@@ -1005,19 +1006,14 @@ class LanguageModel:
     @torch.no_grad()
     def run(self, ids, change):
         """Logits, with the site's tensor passed through `change`."""
-        def before(module, args, kwargs):
-            if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+        def before(module, args):
+            return (change(args[0]), *args[1:])
 
         def after(module, args, output):
             return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-        if self.reads_input:
-            handle = self.module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = self.module.register_forward_hook(after)
-        with handle:
+        module, reads_input = self.site
+        with module.register_forward_pre_hook(before) if reads_input else module.register_forward_hook(after):
             return self.model(ids.to(self.device), use_cache=False).logits
 
 class SiteReached(Exception):
@@ -1171,7 +1167,7 @@ def shuffled_activations(lm, ids, model_batch):
     x = torch.cat([lm.kept_activations(part) for part in ids.split(model_batch)]).float()
     return x[torch.randperm(len(x), generator=generator_of(0)).to(x.device)]
 
-# ---- 10. Runs ------------------------------------------------
+# ---- 9. Runs ------------------------------------------------
 
 # SAEs trained together may differ in these
 OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", "beta1", "beta2", "warmup",
@@ -1225,7 +1221,7 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
     def save():
         tensors = {"position": torch.tensor(at)}
         for name, trainer in trainers.items():
-            tensors |= {f"{name}/{key}": value for key, value in trainer.state_dict().items()}
+            tensors |= {f"{name}/{key}": value for key, value in trainer_state(trainer).items()}
         save_tensors(state_path(folder, tokens), tensors, json.dumps(texts))
         processes.total(0)  # wait until all have written
         for old in folder.glob(state_path(folder, "*").name):
@@ -1239,7 +1235,7 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
         tensors = load_tensors(state_path(folder, tokens), json.dumps(texts))
         at = Position(*tensors["position"].tolist())
         for name, trainer in trainers.items():
-            trainer.load_state_dict({key.removeprefix(f"{name}/"): t for key, t in tensors.items()})
+            load_trainer_state_(trainer, {key.removeprefix(f"{name}/"): t for key, t in tensors.items()})
             tokens = trainer.tokens_seen
     records = {name: read_records(folder / name / "metrics.jsonl", tokens) for name in trainers}
     for name, text in texts.items() if processes.rank == 0 else ():
@@ -1279,6 +1275,24 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
     finally:
         batches.close()
     save()  # what is trained is not lost if the rest is stopped
+
+TRAINER_NUMBERS = ("tokens_seen", "steps", "seconds", "theta_updates", "scale", "variance", "last_threshold",
+                   "l0_coef")
+
+def trainer_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything a resumed run needs to be the run."""
+    numbers = [float(getattr(trainer, name)) for name in TRAINER_NUMBERS]
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    return {"numbers": numbers, **trainer.sae.state_dict(), **trainer.moments}
+
+def load_trainer_state_(trainer: Trainer, state: dict[str, Tensor]):
+    """The inverse. InputError for the state of another configuration."""
+    with explained("this state is of another configuration or version"):
+        trainer.sae.load_state_dict({name: state[name] for name in trainer.sae.state_dict()})
+        for name, moment in trainer.moments.items():
+            moment.copy_(state[name])
+        for name, value in zip(TRAINER_NUMBERS, state["numbers"].tolist(), strict=True):
+            setattr(trainer, name, type(getattr(trainer, name))(value))
 
 def state_path(folder, tokens):
     """Where this process saves its state. The states of several processes belong together by their tokens."""
@@ -1387,7 +1401,7 @@ def checksum(tensors, config):
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# ---- 11. Evaluation ------------------------------------------
+# ---- 10. Evaluation ------------------------------------------
 
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = None,
@@ -1486,7 +1500,7 @@ def to_json_values(metrics):
             None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items() if not isinstance(value, Tensor)}
 
-# ---- 12. Export ----------------------------------------------
+# ---- 11. Export ----------------------------------------------
 
 class ExportedSAE(nn.Module):
     """The inference form of an SAE for TorchScript, f = z · 1[z > θ]: nothing here depends on the batch.
@@ -1599,54 +1613,42 @@ def dictionary_learning_files(sae, dtype):
 
 FORMATS = {"torchscript": torchscript_files, "saelens": saelens_files,
            "dictionary-learning": dictionary_learning_files}
+RUN_FILES = "config.json", "sae.safetensors", "metrics.jsonl", "evaluation.json"
 
 @torch.no_grad()
 def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format: str = "torchscript",
-           dtype: str = "float32", overwrite: bool = True) -> float:
+           dtype: str = "float32", overwrite: bool = True) -> dict:
     """Write the inference form for other programs: a TorchScript file, or a folder that other packages load.
 
     A TorchScript file has ExportedSAE's methods, and config.json in its extra files. It is loaded again and
-    compared with the SAE before it is put in place. Returns the largest absolute difference of f, usually 0.
+    compared with the SAE before it is put in place.
     Args: x [n, D], activations to compare on, by default made up; format, one of FORMATS; dtype, float16 for
         half the size, in which only θ stays float32; overwrite, whether files that exist may be replaced.
+    Returns: tokens and l0 of x; for TorchScript also compare_exported's numbers.
     Raises: Unavailable if θ was never estimated; InputError for an SAE that cannot come from training, one
         that the format cannot hold, or a path in use; RuntimeError if the file gives something else.
     """
     check_choice("format", format, FORMATS)
     others = ("float16",) if format == "torchscript" else ()  # other formats would round θ too
     check_choice("dtype", dtype, ("float32", *others))
-    sae, topk, difference = copy.deepcopy(sae).float().cpu(), sae.config.activation == "topk", 0.0
-    theta = sae.theta.nan_to_num(1.0) if topk else sae.threshold()
-    check_trained(sae, theta)
+    sae = copy.deepcopy(sae).float().cpu()
+    theta = sae.theta.nan_to_num(1.0) if sae.config.activation == "topk" else sae.threshold()
+    x = sae.b_dec + 4 * theta.mean() * sae.W_dec[:256] if x is None else x.cpu()
+    for fine, what in [(all(t.isfinite().all() for t in sae.parameters()), "weights that are not finite"),
+                       ((sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01, "decoder rows without norm 1"),
+                       (theta.isfinite().all() and theta.min() > 0, f"a threshold of {theta.min():g}"),
+                       (len(active := sae.encode_sparse(x)[1]), "no active latent on x: θ is wrong")]:
+        if not fine:
+            raise InputError(f"the SAE has {what}; no training leaves that")
     files = {Path(path, name): data for name, data in FORMATS[format](sae, getattr(torch, dtype)).items()}
     for file in files:
         check_replaceable(file, overwrite)
+    result = {"tokens": len(x), "l0": len(active) / len(x)}
     if format == "torchscript":
-        [data], tolerance = files.values(), 1e-4 if dtype == "float32" else 0.02
-        x = sae.b_dec + 4 * theta.mean() * sae.W_dec[:256] if x is None else x.cpu()
-        with warnings.catch_warnings(action="ignore"):
-            encoder, few = torch.jit.load(io.BytesIO(data)), x[:256]
-        found = compare_exported(sae, encoder, x)
-        difference, active = found["largest_difference"], found["l0"] * len(x)
-        if not active:
-            raise InputError("no latent is active on x: the SAE or its θ is wrong")
-        same = difference <= tolerance * found["largest"] and found["flipped"] <= 1 + tolerance * active
-        if not same or not (encoder.reconstruct(few) - sae(few)).norm() <= tolerance * few.norm():
-            raise RuntimeError(f"the exported file differs from the SAE by {difference}; it was not kept")
+        result |= compare_exported(sae, *files.values(), x, 1e-4 if dtype == "float32" else 0.02)
     for file, data in files.items():
         write_atomically(file, data)
-    return difference
-
-def check_trained(sae, theta):
-    """InputError for an SAE that cannot come from training."""
-    finite = all(t.isfinite().all() for t in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
-    unit = (sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01
-    for fine, what in [(finite, "weights that are not finite"), (unit, "decoder rows without norm 1"),
-                       (theta.isfinite().all() and theta.min() > 0, f"a threshold of {theta.min():g}")]:
-        if not fine:
-            raise InputError(f"the SAE has {what}; no training leaves that")
-
-RUN_FILES = "config.json", "sae.safetensors", "metrics.jsonl", "evaluation.json"
+    return result
 
 def check_replaceable(path, overwrite):
     """InputError unless a file can be written here without destroying what should be kept."""
@@ -1658,21 +1660,22 @@ def check_replaceable(path, overwrite):
     if path.exists() and not overwrite:
         raise InputError(f"{str(path)!r} exists; give another path, or --force")
 
-@torch.no_grad()
-def compare_exported(sae: SAE, encoder: nn.Module, x: Tensor) -> dict:
-    """What an SAE and a TorchScript encoder make of x [n, D], all on one device.
+def compare_exported(sae, data, x, tolerance):
+    """How a TorchScript file's latents differ from the SAE's on x [n, D]. RuntimeError if by too much.
 
-    Returns l0 and exported_l0; flipped, how many entries are active in one of them alone; largest, a value;
-    largest_difference, of values active in both.
+    Returns exported_l0, flipped (entries active in one of the two alone), largest_difference (of the others).
     """
-    l0, exported_l0, flipped, values, differences = 0, 0, 0, [], []
+    with warnings.catch_warnings(action="ignore"):
+        encoder = torch.jit.load(io.BytesIO(data))
+    n, flipped, largest, difference = 0, 0, torch.tensor(0.0), torch.tensor(0.0)
     for part in x.split(256):
-        expected, f = sae.encode(part), encoder(part)
-        ours, theirs = expected != 0, f != 0
-        l0, exported_l0 = l0 + int(ours.sum()) / len(x), exported_l0 + int(theirs.sum()) / len(x)
-        flipped += int((ours ^ theirs).sum())
-        values.append(expected.max())
-        differences.append((f - expected).masked_fill(ours ^ theirs, 0.0).abs().max())
-    largest, difference = (float(torch.stack(maxima).max()) for maxima in (values, differences))
-    return {"tokens": len(x), "l0": l0, "exported_l0": exported_l0, "flipped": flipped, "largest": largest,
-            "largest_difference": difference}
+        f, found = sae.encode(part), encoder(part)
+        flips = (f != 0) ^ (found != 0)
+        n, flipped = n + int((found != 0).sum()), flipped + int(flips.sum())
+        largest = largest.maximum(f.max())
+        difference = difference.maximum((found - f).masked_fill(flips, 0.0).abs().max())  # keeps a NaN
+    same = difference <= tolerance * largest and flipped <= 1 + tolerance * n
+    expected = sae(few := x[:256])
+    if not same or not (encoder.reconstruct(few) - expected).norm() <= tolerance * expected.norm():
+        raise RuntimeError(f"the exported file differs from the SAE by {difference}; it was not kept")
+    return {"exported_l0": n / len(x), "flipped": flipped, "largest_difference": float(difference)}

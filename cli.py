@@ -156,7 +156,7 @@ def train(
         if given or name is not None or expansion is not None:
             raise bt.InputError("--resume continues a run as it was configured; leave out other options")
         cfg, folder = bt.Config.load(resume), resume
-        bt.join_processes(cfg.device)
+        bt.processes.join(cfg.device)
         if finished(folder, [folder]):
             return show_metrics(read_evaluation(folder), as_json)
     else:
@@ -165,7 +165,7 @@ def train(
         if expansion is not None and "n_latents" in given:
             raise bt.InputError("--expansion and --n-latents set the same; give one of them")
         cfg = bt.Config.preset(preset, recipe, **{"d_model": 1, **given})
-        bt.join_processes(cfg.device)
+        bt.processes.join(cfg.device)
         numbered = name is None and bt.processes.size == 1  # several processes have to choose the same name
         folder = free_folder(out_folder, preset) if numbered else out_folder / (name or preset)
         if RANK == 0:
@@ -310,11 +310,7 @@ def export(
     sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
         x, what = activations_to_compare(sae, run)
-        bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
-        if format == "torchscript":
-            found = bt.compare_exported(sae, torch.jit.load(path), x)
-        else:
-            found = {"tokens": len(x), "l0": len(sae.encode_sparse(x)[1]) / len(x)}
+        found = bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
         return

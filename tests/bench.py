@@ -112,7 +112,7 @@ def measure_shared(cfg, repeat):
         trainer.step(next(batches))
 
     run()
-    held = sum(t.nbytes for t in trainer.state_dict().values())
+    held = sum(t.nbytes for t in bt.trainer_state(trainer).values())
     peak, times = peak_memory(run, device), [seconds(run, device) for _ in range(repeat)]
 
     def counted(collective, *arguments):
@@ -309,7 +309,7 @@ def main(arguments=None):
     a = parser.parse_args(arguments)
     try:
         if a.shared:
-            bt.join_processes(a.device)  # which gives each process its GPU
+            bt.processes.join(a.device)  # which gives each process its GPU
         if a.export and not Path(a.export).is_file():
             raise bt.Unavailable(f"there is no file {a.export!r}; give one that `cli.py export` wrote")
         cfg = bt.Config(d_model=a.d_model, n_latents=a.n_latents, batch_size=a.batch_size, k=a.k,

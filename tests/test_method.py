@@ -300,7 +300,7 @@ def test_counters_say_how_many_tokens_a_latent_was_silent():
 
 def state_of(trainer):
     trainer.seconds = 0.0  # the one number that differs between two equal runs
-    return trainer.state_dict()
+    return bt.trainer_state(trainer)
 
 # The search of the sparse step
 
@@ -500,7 +500,7 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
         mse, aux, f, gradient = oracle(twin, x, list(range(0, 40, 3)) if i < 2 else [], penalty)
         if i == 2:
             trainer.sae.tokens_since_fired.zero_()  # no auxiliary loss from here on
-        before = {name: t.clone() for name, t in trainer.state_dict().items()}
+        before = {name: t.clone() for name, t in bt.trainer_state(trainer).items()}
         stats = trainer.step(x)
         sparsity = penalty[0] * stats.l0 if penalty else 0
         assert (stats.loss, stats.lr) == pytest.approx((mse + aux / 32 + sparsity, rate), rel=1e-4)
@@ -515,7 +515,7 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
             if j == 40 or touched[j]:
                 optimizer.step()
         twin.W_dec.data[touched] /= twin.W_dec.data[touched].norm(dim=1, keepdim=True)
-        after, resting = trainer.state_dict(), resting + int((~touched).sum())
+        after, resting = bt.trainer_state(trainer), resting + int((~touched).sum())
         for name in ("W_enc", "W_dec", "b_enc", "updates", *(n for n in after if n[:5] in ("W_enc", "W_dec", "b_enc"))):
             assert torch.equal(after[name][~touched], before[name][~touched]), f"{name} without a gradient"
     assert resting > 20, "the case should have had latents without a gradient"
@@ -531,8 +531,8 @@ def test_the_sparse_step_is_the_plain_one(planted, activation, dtype):
     plain, sparse = (bt.Trainer(dataclasses.replace(cfg, step=step)) for step in ("plain", "sparse"))
     most_dead = 0
     for i in range(40):
-        before = {name: t.clone() for name, t in plain.state_dict().items()}
-        sparse.load_state_dict(before)
+        before = {name: t.clone() for name, t in bt.trainer_state(plain).items()}
+        bt.load_trainer_state_(sparse, before)
         a, b = plain.step(planted.batch(128, i)), sparse.step(planted.batch(128, i))
         assert b == pytest.approx(a, rel=1e-4, nan_ok=True)
         most_dead = max(most_dead, a.dead)
@@ -627,15 +627,15 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
                   lambda t: [t.step(planted.batch(16, i)) for i in range(11)]):
         straight, first, second = bt.Trainer(cfg), bt.Trainer(cfg), bt.Trainer(cfg)
         begin(straight), begin(first)
-        bt.save_tensors(tmp_path / "state.safetensors", first.state_dict(), "this run")
-        second.load_state_dict(bt.load_tensors(tmp_path / "state.safetensors", "this run"))
+        bt.save_tensors(tmp_path / "state.safetensors", bt.trainer_state(first), "this run")
+        bt.load_trainer_state_(second, bt.load_tensors(tmp_path / "state.safetensors", "this run"))
         for i in range(11, 20):
             stats = second.step(planted.batch(16, i))
             assert stats == straight.step(planted.batch(16, i))
         assert same_tensors(state_of(second), state_of(straight))
     assert stats.dead
     with pytest.raises(bt.InputError, match="another configuration"):
-        bt.Trainer(dataclasses.replace(cfg, n_latents=41)).load_state_dict(first.state_dict())
+        bt.load_trainer_state_(bt.Trainer(dataclasses.replace(cfg, n_latents=41)), bt.trainer_state(first))
 
 def test_a_file_that_fails_to_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"

@@ -47,7 +47,7 @@ def train_here(activation):
 
 if __name__ == "__main__":  # under torchrun
     torch.set_num_threads(1)
-    bt.join_processes("cpu")
+    bt.processes.join("cpu")
     found = {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
     found["ties"] = bt.processes.largest(torch.arange(4), torch.tensor([2.0, 1.0, 1.0, 1.0]), 4)[1]
     torch.save(found, f"{sys.argv[1]}/{bt.processes.rank}.pt")
@@ -110,7 +110,7 @@ def test_a_run_of_two_processes_survives_a_kill_and_ctrl_c_and_is_the_run_of_one
     assert two.W_enc.shape == one.W_enc.shape and two.theta == pytest.approx(float(one.theta), rel=1e-3)
     records = [[json.loads(line)["tokens"] for line in open(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
     assert records[0] == records[1]
-    assert bt.export(two, tmp_path / "encoder.pt") == 0
+    assert bt.export(two, tmp_path / "encoder.pt")["flipped"] == 0
 
 @pytest.mark.slow
 def test_latents_that_cannot_be_shared_are_refused_in_one_line(tmp_path):
