@@ -398,7 +398,7 @@ class Trainer:
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
         self.moments = {f"{name}.{moment}": torch.zeros_like(parameter, requires_grad=False)
                         for name, parameter in self.sae.named_parameters() for moment in ("mean", "square")}
-        self.moments["updates"] = torch.zeros_like(self.sae.b_enc.data)  # of each latent, with a gradient
+        self.moments["updates"] = torch.zeros_like(self.sae.b_enc.data)[:, None]  # gradients a latent has had
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
@@ -454,41 +454,37 @@ class Trainer:
         """JumpReLU's, for `loss`."""
         return jumprelu_penalty(self) if self.cfg.activation == "jumprelu" else None
 
-    @torch.no_grad()
-    def update_(self, gradient: dict[str, Tensor], lr: float, rows=slice(None), silent: Tensor | None = None):
-        """One step of Adam on whole parameters, or on some rows of them (in the sparse step).
+    def stored(self, name: str) -> list[Tensor]:
+        """A parameter and its two moments as rows, [F] as [F, 1]. They share its memory."""
+        tensors = getattr(self.sae, name).data, self.moments[f"{name}.mean"], self.moments[f"{name}.square"]
+        return [t.view(len(t), -1) for t in tensors]
 
-        A latent that is `silent` [rows, 1] got no gradient and stays as it is. Its moments, and their bias
-        correction, count only the steps in which it got one ("lazy", as in torch.optim.SparseAdam): dense
-        Adam would shrink a rare latent's moments to nothing between its firings.
+    @torch.no_grad()
+    def update_(self, name: str, g: Tensor, rows: list[Tensor], n: Tensor, lr: float):
+        """One step of Adam, in place, on rows of what `stored` gives, with the gradient g of these rows.
+
+        n [rows, 1] counts the gradients of each row, with this one; 0 stands for a latent without one, whose
+        row and moments stay as they are ("lazy", as in torch.optim.SparseAdam). Dense Adam would shrink a
+        rare latent's moments to nothing between its firings.
         """
-        in_place, updates = isinstance(rows, slice), self.moments["updates"]
-        if silent is None:  # parameters that all latents share
-            n = torch.full((1, 1), self.steps + 1.0, device=self.device)
-            silent = torch.zeros_like(n, dtype=torch.bool)
-        else:
-            n = updates[rows, None] + ~silent  # gradients so far, with this one
-            updates[rows] = n[:, 0]
-        betas = self.cfg.beta1, self.cfg.beta2
-        rates = [running_rate(1 - beta, n).masked_fill(silent, 0.0) for beta in betas]
+        (W, mean, square), g, silent = rows, g.view(len(g), -1), n == 0
+        unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
+        speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
+        # Gradients are s² / unit times smaller than those of s·x, and so must ε be. ε = ∞ means no step
+        epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
+        if name == "W_dec":
+            g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
+        mean.lerp_(g, running_rate(1 - self.cfg.beta1, n).masked_fill_(silent, 0.0))
+        square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n).masked_fill_(silent, 0.0))
+        W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)
+        if name == "W_dec":
+            W.div_(W.norm(dim=1, keepdim=True).masked_fill_(silent, 1.0))  # back to norm 1
+
+    def update_shared_(self, gradient: dict[str, Tensor], lr: float):
+        """update_ for parameters that get a gradient in every step."""
+        n = torch.full((1, 1), self.steps + 1.0, device=self.device)
         for name, g in gradient.items():
-            moments = (self.moments[f"{name}.{moment}"] for moment in ("mean", "square"))
-            tensors = g, getattr(self.sae, name).data, *moments
-            g, *stored = (t.view(len(t), -1) for t in tensors)  # [F] as [F, 1]
-            W, mean, square = new = [t[rows] if in_place else t.index_select(0, rows) for t in stored]
-            if name == "W_dec":
-                g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
-            mean.lerp_(g, rates[0])
-            square.lerp_(g * g, rates[1])
-            unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
-            speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
-            # Gradients are s² / unit times smaller than those of s·x, and so must ε be. ε = ∞ means no step
-            epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
-            W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)
-            if name == "W_dec":
-                W.div_(W.norm(dim=1, keepdim=True).masked_fill_(silent, 1.0))  # back to norm 1
-            for old, tensor in zip(stored, new) if not in_place else ():
-                old.index_copy_(0, rows, tensor)
+            self.update_(name, g, self.stored(name), n, lr)
 
 def plain_step(trainer: Trainer, x: Tensor, lr: float):
     """One step on x [B, D], as from SAE.as_rows. Returns mse, aux, and of active entries latent and value."""
@@ -497,10 +493,11 @@ def plain_step(trainer: Trainer, x: Tensor, lr: float):
     trainer.check_finite(mse.item())
     names, parameters = zip(*sae.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(total, parameters, materialize_grads=True)))
-    shared = {name: gradient.pop(name) for name in ("b_dec", "log_threshold") if name in gradient}
-    silent = ~gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents without a gradient
-    trainer.update_(gradient, lr, silent=silent)  # W_enc, W_dec, b_enc
-    trainer.update_(shared, lr)
+    touched = gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents with a gradient
+    n = touched * trainer.moments["updates"].add_(touched)
+    for name in ("W_enc", "W_dec", "b_enc"):
+        trainer.update_(name, gradient.pop(name), trainer.stored(name), n, lr)
+    trainer.update_shared_(gradient, lr)  # what is left: b_dec, and JumpReLU's thresholds
     row, latent = f.nonzero().T
     return mse.item(), aux.item(), latent, f.detach()[row, latent]
 
@@ -828,7 +825,8 @@ def sparse_step(trainer, x, lr):
         d_b_enc.index_add_(0, dead, d_aux[1])
         d_b_dec += processes.sum_(d_aux[3])
         touched[dead] |= d_aux[2].any(1)
-    trainer.update_(gradient, lr)
+    trainer.update_shared_(gradient, lr)
+    n = touched[:, None] * trainer.moments["updates"].add_(touched[:, None])
     # Weight gradients, for each latent a sum of rows, and the update, while a few of them are in the cache
     size, rows = UPDATE_ENTRIES[x.device.type] // cfg.d_model + 1, touched.nonzero().squeeze(1)
     for rows in rows.split(size) if len(rows) else ():
@@ -846,8 +844,12 @@ def sparse_step(trainer, x, lr):
             at = torch.searchsorted(rows, dead[here])
             d_W_enc.index_add_(0, at, d_aux[0][here])
             d_W_dec.index_add_(0, at, d_aux[2][here])
-        gradient = {"W_enc": d_W_enc, "W_dec": d_W_dec, "b_enc": d_b_enc[rows]}
-        trainer.update_(gradient, lr, place, ~touched[rows, None])
+        for name, d in (("W_enc", d_W_enc), ("W_dec", d_W_dec), ("b_enc", d_b_enc[rows])):
+            stored = trainer.stored(name)
+            block = [t[place] if place is not rows else t.index_select(0, rows) for t in stored]
+            trainer.update_(name, d, block, n[rows], lr)
+            for old, new in zip(stored, block) if place is rows else ():
+                old.index_copy_(0, rows, new)
     return mse, aux, active, value[value > 0]
 
 def group_starts(groups, n: int):
