@@ -32,9 +32,7 @@ import itertools
 import json
 import math
 import os
-import secrets
 import shutil
-import sysconfig
 import threading
 import time
 import warnings
@@ -676,16 +674,13 @@ class Processes:
         return self.sum_(rows).to(x.dtype)
 
     def largest(self, index, value, n: int):
-        """This process's part of the n largest entries; each brings its own n largest, or fewer.
-
-        Of entries equal to the smallest kept one the first processes keep more.
-        """
+        """This process's part of the n largest entries; each brings its own n largest, or fewer."""
         if self.size == 1:
             return index, value
         values = self.gather(functional.pad(value, [0, n - len(value)]))  # [size, n]; 0 is padding
         threshold = values.flatten().topk(n).values.min()
         places = n - int((values > threshold).sum()) - int((values[: self.rank] == threshold).sum())
-        equal = (value == threshold).nonzero().squeeze(1)
+        equal = (value == threshold).nonzero().squeeze(1)  # of these the first processes keep more
         keep = (~(value <= threshold)).index_fill_(0, equal[: max(0, places)], True)  # NaN stays to be seen
         return index[keep], value[keep]
 
@@ -752,8 +747,7 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
         if hint and processes.total(len(value)) < n:
             return find_entries(sae, centred, 0.0, n, dtype)
         index, value = processes.largest(index, value, n)
-    latent = index // n_rows
-    return latent, index - latent * n_rows, value
+    return index // n_rows, index % n_rows, value
 
 def nonzero_flat(mask):
     """mask.view(-1).nonzero(), faster on a CPU: eight entries at a time first, since most are empty."""
@@ -766,14 +760,12 @@ def nonzero_flat(mask):
 
 def row_entries(sae, centred):
     """find_entries for TopK: the k largest positive entries of each row, some rows at a time."""
-    size, n_rows = max(1, CHUNK_ENTRIES[centred.device.type] // len(sae.b_enc)), len(centred)
-    W, b, k = sae.W_enc.float(), sae.b_enc.float(), int(sae.config.k)
-    best = [functional.linear(rows, W, b).topk(k, sorted=False) for rows in centred.split(size)]
-    value, latent = (torch.cat(parts) for parts in zip(*best))
-    index = latent * n_rows + torch.arange(n_rows, device=latent.device)[:, None]
-    active = ~(value <= 0)
-    index, order = index[active].sort()
-    return index // n_rows, index % n_rows, value[active][order]
+    size, k = max(1, CHUNK_ENTRIES[centred.device.type] // len(sae.b_enc)), int(sae.config.k)
+    z = (functional.linear(rows, sae.W_enc.float(), sae.b_enc.float()) for rows in centred.split(size))
+    value, latent = (torch.cat(parts) for parts in zip(*(part.topk(k, sorted=False) for part in z)))
+    row, place = (~(value <= 0)).nonzero().T
+    latent, order = latent[row, place].sort(stable=True)
+    return latent, row[order], value[row, place][order]
 
 @torch.no_grad()
 def sparse_entries(sae, rows, selection):
@@ -792,13 +784,12 @@ def sparse_step(trainer, x, lr):
     sae, cfg, penalty = trainer.sae, trainer.cfg, trainer.penalty()
     centred, dtype = x - sae.b_dec, choose_dtype(cfg.encoder_dtype, multiplies_bfloat16(x.device))
     # Search
+    hint, n = HINT * trainer.last_threshold, cfg.n_kept(len(x))
     if penalty:
         (coef, width), theta = penalty, sae.log_threshold.exp()
-        latent, row, z = find_entries(sae, centred, (theta - 0.51 * width).clamp_min(0), dtype=dtype)
-        value = z * (z > theta[latent])
-    else:
-        hint, n = HINT * trainer.last_threshold, cfg.n_kept(len(x))
-        latent, row, value = find_entries(sae, centred, hint, n, dtype)
+        hint, n = (theta - 0.51 * width).clamp_min(0), None
+    latent, row, z = find_entries(sae, centred, hint, n, dtype)
+    value = z * (z > theta[latent]) if penalty else z
     # Reconstruct: for each row a sum of decoder rows
     order, starts = row.argsort(stable=True), group_starts(latent, len(sae.b_enc))
     x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row[order], len(x)))
@@ -818,7 +809,7 @@ def sparse_step(trainer, x, lr):
     d_b_dec = g.sum(0) - processes.sum_(d_b_enc @ sae.W_enc)  # the encoder's share is a vector times a matrix
     gradient, active = {"b_dec": d_b_dec}, latent[value > 0]
     touched = torch.zeros_like(sae.b_enc, dtype=torch.bool).index_fill_(0, active, True)
-    if penalty:  # as in JumpReLU.backward
+    if penalty:  # the gradient of jumprelu
         falling = (theta[latent] * d_f + coef / len(x)) * ((z - theta[latent]).abs() < width / 2) / width
         gradient["log_threshold"] = -theta * torch.zeros_like(theta).index_add_(0, latent, falling)
     if d_aux:
@@ -879,38 +870,22 @@ def multiplies_bfloat16(device):
     flags = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.11 cannot tell
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
-# JumpReLU (Rajamanoharan et al. 2024) is a rival, here for comparison.
-
-JUMP_START = 0.3  # share of the run in which it selects as BatchTopK and all thresholds follow BatchTopK's
+JUMP_START = 0.3  # share of the run in which JumpReLU selects as BatchTopK and all thresholds follow its θ
 WINDOW = 0.03  # width ε of the kernel, in units of the inputs' root mean squared norm (their paper: 0.001)
 L0_RATE = 0.1  # how fast the penalty's weight λ follows L0 / k, per step
 
-class JumpReLU(torch.autograd.Function):
-    """(f, active) = (z · 1[z > θ], 1[z > θ]) for z [B, F], θ [F], with straight-through gradients for θ.
-
-    Where |z - θ| < ε/2, f falls by θ/ε and `active` by 1/ε as θ rises (their equations 11 and 12).
-    """
-
-    @staticmethod
-    def forward(ctx, z, theta, width):
-        ctx.save_for_backward(z, theta)
-        ctx.width = width
-        active = (z > theta).to(z.dtype)
-        return z * active, active
-
-    @staticmethod
-    def backward(ctx, d_f, d_active):
-        z, theta = ctx.saved_tensors
-        near = ((z - theta).abs() < ctx.width / 2) & (z > 0)
-        return d_f * (z > theta), -(near * (theta * d_f + d_active)).sum(0) / ctx.width, None
-
 def jumprelu(sae, z, penalty):
-    """f [B, F] of z [B, F], and λ times its L0. Without a penalty it still selects as BatchTopK does."""
+    """f [B, F] of z [B, F], and λ times its L0. Without a penalty it still selects as BatchTopK does.
+
+    The gradients for θ are straight-through (Rajamanoharan et al. 2024, a rival): where |z - θ| < ε/2, f
+    falls by θ/ε and the L0 by 1/ε as θ rises (their equations 11 and 12).
+    """
     if penalty is None:
         return batch_topk(z, sae.config.n_kept(len(z))), 0.0
-    coef, width = penalty
-    f, active = JumpReLU.apply(z, sae.log_threshold.exp(), width)
-    return f, coef * active.sum(1).mean()
+    (coef, width), theta = penalty, sae.log_threshold.exp()
+    active, near = (z > theta).to(z.dtype), ((z - theta).abs() < width / 2) & (z > 0)
+    rise = near * (theta - theta.detach()) / width  # zeros that carry a gradient
+    return z * active - theta.detach() * rise, coef * (active - rise).sum(1).mean()
 
 def jumprelu_penalty(trainer):
     """λ and ε in units of the inputs; None at the start of the run."""
@@ -997,25 +972,17 @@ class LanguageModel:
     def logits(self, ids: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits [n, T, V] for ids [n, T]. `edit`, if given, replaces the kept activations [m, D]."""
         kept = self.is_kept(ids)
-
-        def splice(h):
-            h = h.clone()
-            h[kept] = edit(h[kept]).to(h.dtype)
-            return h
-
-        return self.run(ids, splice if edit else lambda h: h)
+        return self.run(ids, lambda h: h.index_put((kept,), edit(h[kept]).to(h.dtype)) if edit else h)
 
     @torch.no_grad()
     def run(self, ids, change):
         """Logits, with the site's tensor passed through `change`."""
-        def before(module, args):
-            return (change(args[0]), *args[1:])
-
-        def after(module, args, output):
-            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        def hook(module, *values):
+            h = values[-1]  # the module's output, or before it runs its arguments
+            return (change(h[0]), *h[1:]) if isinstance(h, tuple) else change(h)
 
         module, reads_input = self.site
-        with module.register_forward_pre_hook(before) if reads_input else module.register_forward_hook(after):
+        with module.register_forward_pre_hook(hook) if reads_input else module.register_forward_hook(hook):
             return self.model(ids.to(self.device), use_cache=False).logits
 
 class SiteReached(Exception):
@@ -1054,7 +1021,7 @@ def documents(cfg, split):
     """The texts of cfg.dataset, "train" or "held-out", once through. Every 20th is held out."""
     held_out, n = split == "held-out", 0
     if cfg.dataset == "stdlib":  # in an arbitrary order that is the same on every machine
-        root = Path(sysconfig.get_paths()["stdlib"])
+        root = Path(os.__file__).parent
         names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
         hashes = {name: hashlib.sha256(name.encode()).digest() for name in names if "-packages/" not in name}
         texts = ((root / name).read_text(encoding="utf-8", errors="replace")
@@ -1088,7 +1055,7 @@ def dataset_texts(cfg):
             yield text
 
 def pack(texts, tokenizer, n, length):
-    """The next documents, packed: token ids [n or more, length], fewer where they end; how many documents.
+    """The next documents as token ids [n or more, length], fewer at the end, and how many documents.
 
     Each document follows the tokenizer's begin token, if any. Nothing is padded; a rest is dropped.
     """
@@ -1137,14 +1104,11 @@ def generator_of(*numbers):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 def activation_batches(cfg, lm, at=Position()):
-    """Training activations without end: batches [batch_size, D], each with the Position after it.
-
-    The model fills a buffer, whose rows are served in a random order; to continue, it fills it again.
-    """
+    """Training activations without end: batches [batch_size, D], each with the Position after it."""
     blocks, wanted = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
     rows = wanted + cfg.model_batch * cfg.context
     buffer = torch.empty(rows, lm.d_model, dtype=lm.model.dtype, device=lm.device)
-    while True:
+    while True:  # fill the buffer, then serve its rows in a random order
         start, n = at, 0
         while n < wanted:
             block, at = next(blocks)
@@ -1180,21 +1144,19 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
 
     An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
-    evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state.safetensors,
-    written at checkpoints and when training ends early, holds what resume=True continues from, on a CPU bit
-    for bit.
+    evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state.safetensors
+    holds what resume=True continues from, on a CPU bit for bit.
     Args: configs by name, which may differ in the fields of OWN; on_step, called after each of the largest
         batches with the tokens seen and each SAE's last statistics; if it returns True, training stops.
     Returns: evaluate_run's results, with "dead" (share of latents at the end) and "step_seconds" added.
-    Raises: InputError if they cannot share a stream or memory; Unavailable for a folder in use, or nothing to
-        resume; OSError for a file that cannot be written.
+    Raises: InputError if they cannot share a stream or memory; Unavailable for a folder in use or with
+        nothing to resume; OSError for a file that cannot be written.
     """
     folder, first, largest = Path(folder), next(iter(configs.values())), check_shared(configs)
-    if processes.rank == 0:
-        check_run_folder(folder, resume)
+    check_run_folder(folder, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_room(configs, folder)
     with contextlib.nullcontext() if processes.rank else locked(folder):
-        if processes.rank == 0:
-            check_room(configs, folder)
         trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
         held_out = held_out_contexts(first, lm.tokenizer)
         calibration, evaluation = (shuffled_activations(lm, ids, first.model_batch) for ids in held_out)
@@ -1337,9 +1299,8 @@ def check_run_folder(folder: Path, resume: bool = False):
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Make a folder and hold it for this run alone, as long as its process 0 lives."""
+    """Hold a folder for this run alone, as long as its process 0 lives."""
     import fcntl
-    folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -1366,7 +1327,7 @@ def check_room(configs, folder):
 
 def write_atomically(path, data):
     """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
@@ -1460,20 +1421,18 @@ def splice_losses(sae, lm, contexts, mean):
     # The SAE reads a batch at a time, the model a few contexts: a batch's logits would take many gigabytes.
     sums, n_tokens = dict.fromkeys(("clean", "zero", "mean", "batch", "theta"), torch.zeros(2)), 0
     few = max(1, (1 << 25) // (contexts.shape[1] * lm.model.get_output_embeddings().weight.shape[0]))
-
-    def log_probabilities(ids, edit=None):
-        return lm.logits(ids, edit)[:, :-1].flatten(0, 1).float().log_softmax(-1)
-
     for ids in contexts.to(lm.device).split(max(1, sae.config.batch_size // contexts.shape[1])):
         x, stop = lm.kept_activations(ids).float(), 0
-        new = {"clean": x, "zero": torch.zeros_like(x), "mean": mean.to(x).expand_as(x)}
+        new = {"clean": None, "zero": torch.zeros_like(x), "mean": mean.to(x).expand_as(x)}
         new |= {selection: reconstruct(sae, x, selection)[0] for selection in ("batch", "theta")}
         for part in ids.split(few):
             start, stop = stop, stop + int(lm.is_kept(part).sum())
-            targets, clean = part[:, 1:].flatten(), log_probabilities(part)
+            targets = part[:, 1:].flatten()
             n_tokens += len(targets)
-            for name, rows in new.items():
-                spliced = log_probabilities(part, lambda h: rows[start:stop]) if name != "clean" else clean
+            for name, rows in new.items():  # clean, which has no rows, is the first
+                logits = lm.logits(part, None if rows is None else lambda h: rows[start:stop])
+                spliced = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+                clean = spliced if rows is None else clean
                 loss = functional.nll_loss(spliced, targets, reduction="sum")
                 kl = functional.kl_div(spliced, clean, reduction="sum", log_target=True)
                 sums[name] = sums[name] + torch.stack([loss, kl]).cpu()
@@ -1487,10 +1446,8 @@ def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike,
                  held_out: tuple[Tensor, Tensor] | None = None) -> dict:
     """JSON-ready: evaluate a run on held-out text of its data set, or on (token ids, activations)."""
     cfg, started = sae.config, time.perf_counter()
-    if held_out is None:
-        ids = held_out_contexts(cfg, lm.tokenizer)[1]
-        held_out = ids, shuffled_activations(lm, ids, cfg.model_batch)
-    ids, x = held_out
+    ids, x = held_out or (held_out_contexts(cfg, lm.tokenizer)[1], None)
+    x = shuffled_activations(lm, ids, cfg.model_batch) if x is None else x
     metrics = to_json_values(evaluate(sae, [x], lm, ids[::4]))
     theta = processes.gather(sae.threshold().detach()) if cfg.activation == "jumprelu" else sae.theta
     return {"run": str(folder), "tokens": cfg.tokens, "seconds": round(time.perf_counter() - started, 2),
@@ -1622,8 +1579,7 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
            dtype: str = "float32", overwrite: bool = True) -> dict:
     """Write the inference form for other programs: a TorchScript file, or a folder that other packages load.
 
-    A TorchScript file has ExportedSAE's methods, and config.json in its extra files. It is loaded again and
-    compared with the SAE before it is put in place.
+    A TorchScript file has ExportedSAE's methods and an extra file config.json, and is compared with the SAE.
     Args: x [n, D], activations to compare on, by default made up; format, one of FORMATS; dtype, float16 for
         half the size, in which only θ stays float32; overwrite, whether files that exist may be replaced.
     Returns: tokens and l0 of x; for TorchScript also compare_exported's numbers.
