@@ -1,6 +1,7 @@
 """Shared by all tests: the module on the path, planted data, the embedded language model, small settings."""
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import batchtopk as bt  # noqa: E402
+
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported, often before a command runs
 
 # Small enough for seconds, otherwise the defaults of the tiny preset.
 SMALL = dict(n_latents=256, k=8, tokens=6_000, batch_size=256, buffer_tokens=4096,
