@@ -13,11 +13,12 @@ W_dec have norm 1, so dropping an active entry z adds about z² to the squared e
 best use of a budget of k·B entries.
 
 Dimensions:  B tokens in a batch   D width of the activations   F latents   N = max(1, int(k·B)) entries kept
-Calls of `processes` matter only under torchrun; otherwise they return what they are given.
+Skip at first: `processes`, which only torchrun needs, and what concerns "jumprelu", a rival of BatchTopK.
 
-Part one is the method, and trains by itself (step="plain"):  1 configuration  2 selection  3 SAE  4 loss
-                                                              5 θ  6 training
-Part two makes it fast and practical:  7 sparse step  8 activations  9 runs  10 evaluation  11 export
+Part one is the method, and trains without part two if step="plain" ("sparse", the default, is its fast twin):
+    1 configuration  2 selection  3 SAE  4 loss  5 θ  6 training
+Part two makes it fast and practical:
+    7 sparse step  8 activations  9 runs  10 evaluation  11 export
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ DTYPES = "auto", "float32", "bfloat16"
 class Config:
     """Everything a run depends on. The command line makes its options from these fields."""
 
-    # The dictionary. In brackets: a value of the paper, or of its authors' code
+    # The dictionary. (paper: 4096) is the paper's value; (paper), (authors): the default is theirs
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
@@ -70,7 +71,7 @@ class Config:
     # Training
     tokens: int = option(1_000_000, "length of the run in tokens", low=1)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
-    lr: float = option(0.0, "peak learning rate; 0 means 3e-3 · (1e6 / tokens)^0.3, at most 5e-3")
+    lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", high=1)
     beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", high=1)
     warmup: float = option(0.02, "share of the run in which the learning rate rises", high=1)
@@ -79,12 +80,12 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "fast, or plain autograd; the same results", "sparse", "plain")
-    encoder_dtype: str = option("auto", "precision of the product; auto: bfloat16 where it is fast", *DTYPES)
+    encoder_dtype: str = option("auto", "precision of the encoder product; auto: bfloat16 if fast", *DTYPES)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
-    checkpoint_tokens: int = option(0, "tokens between saved states, beside the time; 0 means any number")
+    checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
-    # Activations (part two)
+    # Activations (all but eval_tokens for part two)
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
     layer: int = option(1, "block of the model that is read")
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
@@ -167,7 +168,7 @@ def standardize(x, per_token: bool):
     return (x - mean) / std, mean, std
 
 class SAE(nn.Module):
-    """A sparse autoencoder. encode and forward take activations in the model's own units."""
+    """A sparse autoencoder. encode and forward take activations in the language model's units."""
 
     def __init__(self, config: Config, share: slice = slice(None)):
         super().__init__()
@@ -176,7 +177,7 @@ class SAE(nn.Module):
         rows = torch.randn(F, D, generator=generator)[share]  # this process's latents, by default all
         rows = functional.normalize(rows, dim=1)
         encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # their kaiming_uniform
-        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D], SAELens's transposed: latent j reads row j
+        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D], SAELens's transposed: row j is for reading
         self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes row j, of norm 1
         self.b_enc = nn.Parameter(torch.zeros(len(rows)))
         self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
@@ -204,7 +205,7 @@ class SAE(nn.Module):
             return row_topk(z, int(self.config.k))
         if selection == "batch" and self.config.activation == "batchtopk":
             return batch_topk(z, self.config.n_kept(len(z)))
-        return z.masked_fill(z.float() <= self.threshold(), 0.0)  # so that a NaN stays to be seen
+        return z.masked_fill(z.float() <= self.threshold(), 0.0)  # not z * (z > θ): a NaN must stay
 
     def as_rows(self, x: Tensor) -> Tensor:
         """x [..., D] as rows [B, D] in the dtype of the weights, standardised if normalize="token"."""
@@ -224,7 +225,7 @@ class SAE(nn.Module):
         return f.view(*x.shape[:-1], f.shape[-1])
 
     def decode(self, f: Tensor) -> Tensor:
-        """Latents f [..., F] to reconstructions [..., D], for normalize="token" in standardised units."""
+        """Latents f [..., F] to reconstructions [..., D]; for normalize="token", `restore` has to follow."""
         return f @ self.W_dec + self.b_dec
 
     def restore(self, x_hat: Tensor, x: Tensor) -> Tensor:
@@ -247,6 +248,8 @@ class SAE(nn.Module):
         f = self.select(self.pre_activations(rows), selection)
         row, latent = f.nonzero().T
         return row, latent, f[row, latent].float()
+
+    # The rest of the class is about sparse output, files and precision
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
@@ -302,20 +305,20 @@ def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     dead = sae.is_dead().nonzero().squeeze(1)
-    rows = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
-    aux = auxiliary_loss(x, residual.detach(), *rows, sae.config)
+    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
+    aux = auxiliary_loss(x, residual.detach(), *weights, sae.config)
     return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
 
-AUX_SHARE = 1 / 192  # of B·F: the most entries of Z that L_aux computes
+AUX_SHARE = 1 / 192  # of B·F: how many entries of Z L_aux may compute
 
 def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
 
         e = X - X̂,   ê = (the k_aux largest Z of the dead latents, per token) W_dec,   L_aux = mean ‖e - ê‖²
 
-    Z has its sign here: after a ReLU a latent with negative Z on all tokens would get no gradient. e is
-    detached, so that live latents get no gradient from L_aux. If many latents are dead, only the first tokens
-    of the batch are used, which bounds the cost. W_enc, b_enc and W_dec are the rows of the dead latents.
+    No ReLU here: with one, a latent with negative Z on all tokens would get no gradient. e is detached, so
+    that live latents get no gradient from L_aux. With more than F / 192 dead latents only the first tokens of
+    the batch are used, to bound the cost. W_enc, b_enc and W_dec hold the rows of the dead latents alone.
     """
     n_dead = processes.total(len(b_enc))
     if not n_dead or not cfg.aux_k:
@@ -335,13 +338,13 @@ def running_rate(rate, n):
     """Weight of the n-th value in a running average with bias correction: 1, falling to `rate`."""
     return rate / (1 - (1 - rate) ** n)
 
-def update_theta_(sae: SAE, threshold: float, n_updates: int):
+def update_theta_(sae: SAE, smallest: float, n_updates: int):
     """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
 
-    Started at 0 without bias correction, θ is 37 % short after 100 steps, and far too many latents fire.
+    A plain average from 0 would be 37 % short after 100 steps. `train` ends with calibrate, which replaces θ.
     """
     rate = running_rate(THETA_RATE, n_updates)
-    sae.theta.copy_(threshold if n_updates == 1 else sae.theta + rate * (threshold - sae.theta))
+    sae.theta.copy_(smallest if n_updates == 1 else sae.theta + rate * (smallest - sae.theta))  # NaN at first
 
 @torch.no_grad()
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
@@ -354,7 +357,7 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
         return calibrate_jumprelu(sae, batches)
     smallest = []
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
-        value = sae.active_entries(sae.as_rows(x), "batch")[2]
+        _, _, value = sae.active_entries(sae.as_rows(x), "batch")
         least = processes.least(float(value.min()) if len(value) else math.inf)
         if least != math.inf:
             smallest.append(least)
@@ -373,11 +376,11 @@ class StepStats(NamedTuple):
     aux: float
     fvu: float  # mse over the variance of the first batches; predicting the mean gives 1
     l0: float  # mean active latents per token
-    dead: int  # latents
+    dead: int  # number of dead latents
     threshold: float  # smallest kept entry, NaN if none was positive; θ is its expectation
     lr: float
 
-DECODER_LR = 2  # W_dec learns at this multiple of the learning rate
+DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1)
 
 class Trainer:
     """Trains one SAE step by step, with plain_step below or the sparse step of section 7.
@@ -392,7 +395,7 @@ class Trainer:
         self.sae = SAE(cfg, processes.share(cfg)).to(self.device)
         self.tokens_seen, self.steps, self.seconds, self.theta_updates = 0, 0, 0.0, 0
         self.scale = self.variance = 0.0  # s, and the data's variance; 0 until initialize_
-        self.last_threshold = 0.0  # smallest entry kept by the last step
+        self.last_threshold = 0.0  # smallest entry kept by the last step, for section 7
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
         self.moments = {f"{name}.{moment}": torch.zeros_like(parameter, requires_grad=False)
                         for name, parameter in self.sae.named_parameters() for moment in ("mean", "square")}
@@ -424,7 +427,7 @@ class Trainer:
             self.initialize_(x)
         sae, cfg, lr, penalty = self.sae, self.cfg, self.learning_rate(), self.penalty()
         take_step = plain_step if cfg.step == "plain" else sparse_step
-        mse, aux, latent, value = take_step(self, sae.as_rows(x.to(self.device)), lr)
+        mse, aux, latent, value = take_step(self, sae.as_rows(x.to(self.device)), lr, penalty)
         sae.tokens_since_fired.add_(len(x)).index_fill_(0, latent, 0)
         self.tokens_seen += len(x)
         self.steps += 1
@@ -445,7 +448,7 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the next step: linear warm-up, constant, linear decay to zero, by tokens."""
         cfg, left = self.cfg, self.cfg.tokens - self.tokens_seen
-        rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)
+        rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)  # not 0 at first
         return cfg.peak_lr * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
     def penalty(self) -> tuple[float, float] | None:
@@ -458,20 +461,21 @@ class Trainer:
         return [t.view(len(t), -1) for t in tensors]
 
     @torch.no_grad()
-    def update_(self, name: str, g: Tensor, rows: list[Tensor], n: Tensor, lr: float):
-        """One step of Adam, in place, on rows of what `stored` gives, with the gradient g of these rows.
+    def update_(self, name: str, g: Tensor, stored: list[Tensor], n: Tensor, lr: float):
+        """One step of Adam, in place, on a parameter and its moments, or on some rows of them (see `stored`).
 
-        n [rows, 1] counts the gradients of each row, with this one; 0 stands for a latent without one, whose
-        row and moments stay as they are ("lazy", as in torch.optim.SparseAdam). Dense Adam would shrink a
-        rare latent's moments to nothing between its firings.
+        n [rows, 1] is the number of gradients each row of g has had, this one included, or 0 if it has none
+        now: then row and moments stay as they are ("lazy", as in torch.optim.SparseAdam). Dense Adam would
+        shrink a rare latent's moments to nothing between its firings.
         """
-        (W, mean, square), g, silent = rows, g.view(len(g), -1), n == 0
-        unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases are in units of the inputs
+        (W, mean, square), g, silent = stored, g.view(len(g), -1), n == 0
+        unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases for s·x are s times as large
         speed = lr / unit * (DECODER_LR if name == "W_dec" else 1)
-        # Gradients are s² / unit times smaller than those of s·x, and so must ε be. ε = ∞ means no step
+        # A gradient for x is unit / s² times that for s·x, hence so is Adam's ε. ε = ∞ means no step
         epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
         if name == "W_dec":
             g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
+        # 1 - β with Adam's bias correction in it
         mean.lerp_(g, running_rate(1 - self.cfg.beta1, n).masked_fill_(silent, 0.0))
         square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n).masked_fill_(silent, 0.0))
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)
@@ -484,26 +488,27 @@ class Trainer:
         for name, g in gradient.items():
             self.update_(name, g, self.stored(name), n, lr)
 
-def plain_step(trainer: Trainer, x: Tensor, lr: float):
-    """One step on x [B, D], as from SAE.as_rows. Returns mse, aux, and of active entries latent and value."""
+def plain_step(trainer: Trainer, x: Tensor, lr: float, penalty=None):
+    """One step on x [B, D] (see SAE.as_rows). Returns mse, aux, and the active entries' latent and value."""
     sae = trainer.sae
-    total, mse, aux, f = loss(sae, x, trainer.penalty())
+    total, mse, aux, f = loss(sae, x, penalty)
     trainer.check_finite(mse.item())
     names, parameters = zip(*sae.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(total, parameters, materialize_grads=True)))
     touched = gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents with a gradient
-    n = touched * trainer.moments["updates"].add_(touched)
+    n = touched * trainer.moments["updates"].add_(touched)  # 0 for latents without one
     for name in ("W_enc", "W_dec", "b_enc"):
         trainer.update_(name, gradient.pop(name), trainer.stored(name), n, lr)
-    trainer.update_shared_(gradient, lr)  # what is left: b_dec, and JumpReLU's thresholds
+    trainer.update_shared_(gradient, lr)  # what is left: b_dec, JumpReLU's thresholds
     row, latent = f.nonzero().T
     return mse.item(), aux.item(), latent, f.detach()[row, latent]
 
 def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
-    """Train an SAE on cfg.tokens tokens and calibrate its θ.
+    """Train an SAE on cfg.tokens tokens and calibrate its θ on others.
 
     Args: batches, any iterable of float tensors [n, D] of any n, in the model's units; a list is repeated.
-        The first 5 % of cfg.tokens, at most cfg.eval_tokens, set b_dec, s and θ; the first pass skips them.
+        The first 5 % of cfg.tokens (a batch or more, at most cfg.eval_tokens) only set b_dec, s and θ, until
+        a list repeats; so a generator has to give 1.05 · cfg.tokens.
     Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
     """
     trainer = Trainer(cfg)
@@ -581,7 +586,7 @@ PRESETS = {
     "gpt2-small": dict(LARGE, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
     "gemma-2-2b": dict(LARGE, model="google/gemma-2-2b", layer=12, n_latents=16384, buffer_tokens=1 << 19),
 }
-RECIPES = {  # a recipe replaces what the preset says
+RECIPES = {  # a recipe replaces what the preset says; the update of rows and L_aux stay as they are here
     "ours": {},
     "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
                   warmup=0, decay=0, dead_tokens=20_480),
@@ -779,9 +784,9 @@ def sparse_entries(sae, rows, selection):
     return row[order], latent[order], value[order]
 
 @torch.no_grad()
-def sparse_step(trainer, x, lr):
+def sparse_step(trainer, x, lr, penalty=None):
     """plain_step, sparse. Entry i of f has a row r_i, a latent l_i and a value v_i."""
-    sae, cfg, penalty = trainer.sae, trainer.cfg, trainer.penalty()
+    sae, cfg = trainer.sae, trainer.cfg
     centred, dtype = x - sae.b_dec, choose_dtype(cfg.encoder_dtype, multiplies_bfloat16(x.device))
     # Search
     hint, n = HINT * trainer.last_threshold, cfg.n_kept(len(x))
@@ -796,9 +801,9 @@ def sparse_step(trainer, x, lr):
     residual = torch.sub(centred, processes.sum_(x_hat), out=x_hat)
     mse, dead = residual.square().sum(1).mean(), sae.is_dead().nonzero().squeeze(1)
     with torch.enable_grad():  # dense over the dead latents, differentiated by autograd
-        rows = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
-        aux = auxiliary_loss(x, residual, *rows, cfg)
-        d_aux = torch.autograd.grad(cfg.aux_coef * aux, rows) if aux.requires_grad else None
+        weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
+        aux = auxiliary_loss(x, residual, *weights, cfg)
+        d_aux = torch.autograd.grad(cfg.aux_coef * aux, weights) if aux.requires_grad else None
     mse, aux = torch.stack([mse, aux.detach()]).tolist()  # on a GPU the host waits here
     trainer.check_finite(mse)
     # Backward, at the entries alone
