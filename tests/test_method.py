@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import errno
 import math
 import sys
 import types
@@ -310,16 +309,16 @@ def state_of(trainer):
 def test_the_search_is_a_sort_of_all_entries_wherever_it_starts(n_rows, factor, dtype, monkeypatch):
     """The hint is 0, a share of the true threshold, the threshold itself, just above it, or far above all."""
     chunks(monkeypatch, n_rows)
-    for seed in range(4):
-        sae = random_sae(config(n_latents=101), seed)
+    for seed in range(2):
+        sae = random_sae(config(n_latents=51), seed)
         centred = (randn(n_rows, 12, seed=seed + 100) - sae.b_dec).detach()
         z = (sae.W_enc.detach() @ centred.T + sae.b_enc.detach()[:, None]).flatten()
-        order, theta = z.argsort(descending=True), 0.5 + z.view(101, n_rows).abs().mean(1) / 2
+        order, theta = z.argsort(descending=True), 0.5 + z.view(51, n_rows).abs().mean(1) / 2
         for n in (1, 2, 5, 3 * n_rows, 10**6, None):  # None: all that exceed thresholds of their latents
             expected = order[:n][z[order[:n]] > 0].sort().values
             hint = factor * float(z[expected].min())
             if n is None:
-                expected, hint = (z.view(101, n_rows) > theta[:, None]).flatten().nonzero().squeeze(1), theta
+                expected, hint = (z.view(51, n_rows) > theta[:, None]).flatten().nonzero().squeeze(1), theta
             latent, row, value = bt.find_entries(sae, centred, hint, n, dtype)
             index = latent * n_rows + row
             if n == 10**6 and dtype == torch.bfloat16:  # rounding may hide what is next to 0
@@ -403,7 +402,7 @@ def test_the_step_on_a_gpu_is_the_step_on_a_cpu(dtype, activation):
 # JumpReLU
 
 def test_jumprelu_reaches_the_l0_asked_for(planted):
-    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=100_000, activation="jumprelu")
+    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=80_000, activation="jumprelu")
     sae = bt.train(cfg, planted.stream(256))
     metrics = bt.evaluate(sae, [planted.batch(4096, 900)])["theta"]
     assert metrics["l0"] == pytest.approx(4, rel=0.02) and metrics["fvu"] < 0.1
@@ -474,8 +473,8 @@ def row_optimizers(twin, cfg):
     """torch.optim.Adam for each latent alone, on its rows of twin's tensors, with inputs' scale 2.5."""
     def groups(j):
         rows = (("W_enc", 1.0, 1), ("W_dec", 1.0, bt.DECODER_LR), ("b_enc", 2.5, 1))
-        return [dict(params=[torch.nn.Parameter(getattr(twin, name).data[j])], name=name, factor=factor / unit,
-                     eps=1e-8 * unit / 2.5**2) for name, unit, factor in rows]
+        return [dict(params=[torch.nn.Parameter(getattr(twin, name).data[j])], name=name,
+                     factor=factor / unit, eps=1e-8 * unit / 2.5**2) for name, unit, factor in rows]
     return [torch.optim.Adam(groups(j), betas=(cfg.beta1, cfg.beta2)) for j in range(cfg.n_latents)]
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -484,8 +483,8 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
     """Six steps against the oracle's gradients and torch.optim.Adam, which sees a latent's steps alone."""
     chunks(monkeypatch, 16, rows)
     monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
-    cfg = config(step=step, activation=activation, k=0.5 if activation == "batchtopk" else 1, aux_k=1, lr=1e-2,
-                 tokens=10**5, warmup=16 * 4 / 10**5)
+    cfg = config(step=step, activation=activation, k=0.5 if activation == "batchtopk" else 1, aux_k=1,
+                 lr=1e-2, tokens=10**5, warmup=16 * 4 / 10**5)
     trainer, penalty = bt.Trainer(cfg), PENALTY if activation == "jumprelu" else None
     trainer.sae, trainer.scale, trainer.variance, trainer.penalty = random_sae(cfg), 2.5, 1.0, lambda: penalty
     some_dead(trainer.sae, None)
@@ -516,7 +515,7 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
                 optimizer.step()
         twin.W_dec.data[touched] /= twin.W_dec.data[touched].norm(dim=1, keepdim=True)
         after, resting = bt.trainer_state(trainer), resting + int((~touched).sum())
-        for name in ("W_enc", "W_dec", "b_enc", "updates", *(n for n in after if n[:5] in ("W_enc", "W_dec", "b_enc"))):
+        for name in (n for n in after if n == "updates" or n[:5] in ("W_enc", "W_dec", "b_enc")):
             assert torch.equal(after[name][~touched], before[name][~touched]), f"{name} without a gradient"
     assert resting > 20, "the case should have had latents without a gradient"
     for name, parameter in twin.named_parameters():
@@ -525,12 +524,12 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_sparse_step_is_the_plain_one(planted, activation, dtype):
-    """Each of 40 steps from the same state. (Two runs drift apart: a latent's first step is its gradient's sign.)"""
-    cfg = config(d_model=48, n_latents=400, batch_size=128, tokens=5120, dead_tokens=256, lr=2e-3,
+    """Each of 20 steps from the same state. (Two runs drift apart: a first step is its gradient's sign.)"""
+    cfg = config(d_model=48, n_latents=400, batch_size=128, tokens=2560, dead_tokens=256, lr=2e-3,
                  activation=activation, encoder_dtype=dtype)
     plain, sparse = (bt.Trainer(dataclasses.replace(cfg, step=step)) for step in ("plain", "sparse"))
     most_dead = 0
-    for i in range(40):
+    for i in range(20):
         before = {name: t.clone() for name, t in bt.trainer_state(plain).items()}
         bt.load_trainer_state_(sparse, before)
         a, b = plain.step(planted.batch(128, i)), sparse.step(planted.batch(128, i))
@@ -543,7 +542,7 @@ def test_the_sparse_step_is_the_plain_one(planted, activation, dtype):
     assert most_dead, "the comparison should have met dead latents"
 
 def test_a_run_is_bit_reproducible_and_its_seed_matters(planted):
-    runs = [bt.train(config(d_model=48, tokens=1024, seed=seed), planted.stream(100)) for seed in (0, 0, 1)]
+    runs = [bt.train(config(d_model=48, tokens=512, seed=seed), planted.stream(100)) for seed in (0, 0, 1)]
     assert same_tensors(runs[0].state_dict(), runs[1].state_dict())
     assert not torch.equal(runs[0].W_enc, runs[2].W_enc)
 
@@ -557,7 +556,7 @@ def test_input_units_change_nothing_but_units(planted, factor):
     torch.testing.assert_close(other.theta / factor, one.theta, atol=1e-4, rtol=1e-3)
 
 def test_token_normalisation_makes_the_sae_indifferent_to_a_tokens_scale_and_mean(planted):
-    sae = bt.train(config(d_model=48, normalize="token"), planted.stream(256))
+    sae = bt.train(config(d_model=48, normalize="token", tokens=2048), planted.stream(256))
     x = planted.batch(64, 904)
     assert ((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()) < 1
     torch.testing.assert_close(sae.encode(7 * x + 3), sae.encode(x), atol=1e-3, rtol=1e-3)
@@ -584,7 +583,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
     assert peaks == pytest.approx([5e-3, 3e-3, 3e-3 * 10**-0.9]) and cfg.peak_lr == 1
 
 def test_batches_may_come_in_any_sizes(planted):
-    x, cfg = planted.batch(1000, 0), config(d_model=48, tokens=1500)  # a list is repeated
+    x, cfg = planted.batch(1000, 0), config(d_model=48, tokens=1500, batch_size=64)  # a list is repeated
     shapes = [x], [x[:1], x[1:700], x[700:703], x[703:]], [x.view(50, 20, 48)], x
     whole, *others = (bt.train(cfg, parts).state_dict() for parts in shapes)
     assert all(same_tensors(whole, other) for other in others)
@@ -636,15 +635,6 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
     assert stats.dead
     with pytest.raises(bt.InputError, match="another configuration"):
         bt.load_trainer_state_(bt.Trainer(dataclasses.replace(cfg, n_latents=41)), bt.trainer_state(first))
-
-def test_a_file_that_fails_to_be_written_leaves_the_one_before(tmp_path, monkeypatch):
-    path = tmp_path / "state.safetensors"
-    bt.save_tensors(path, {"a": torch.ones(3)}, "")
-    before = path.read_bytes()
-    monkeypatch.setattr(bt.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
-    with pytest.raises(OSError, match="disk full: .*state.safetensors'$"):
-        bt.save_tensors(path, {"a": torch.zeros(3)}, "")
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path], "no leftover"
 
 # Evaluation
 

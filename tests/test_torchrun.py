@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,21 +13,22 @@ import time
 import pytest
 import torch
 
-from conftest import Planted  # puts the module on the path, in torchrun's processes too
-import batchtopk as bt  # isort: skip
-from test_cli import ROOT, invoke, options
+import batchtopk as bt
+from conftest import Planted
+from test_cli import FILES, ROOT, invoke, options
 
-STEPS = 40
-CFG = bt.Config(d_model=48, n_latents=120, k=4, batch_size=256, tokens=256 * STEPS, lr=3e-3, device="cpu", dead_tokens=1000)
+STEPS = 20
+CFG = bt.Config(d_model=48, n_latents=120, k=4, batch_size=256, tokens=256 * STEPS, lr=3e-3, device="cpu",
+                dead_tokens=1000)
 
-def torchrun(n, *arguments, **options):
-    """torchrun as a process; both its outputs are read as one."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+def torchrun(*arguments):
+    """torchrun with two processes, as a process; both its outputs are read as one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 def train_here(activation):
-    """What the steps of this process give: its statistics, all latents, and which entries are kept at the end."""
+    """What this process's steps give: its statistics, all latents, which entries are kept at the end."""
     cfg, planted = dataclasses.replace(CFG, activation=activation), Planted()
     trainer, stats = bt.Trainer(cfg), []
     for i in range(STEPS):
@@ -35,32 +38,45 @@ def train_here(activation):
             trainer.sae.b_enc.data[dead] = -5.0
             trainer.sae.tokens_since_fired[dead] = 2000
         stats.append(list(trainer.step(planted.batch(256, i))))
-    x, first = planted.batch(64, 99).repeat(4, 1), bt.processes.share(cfg).start or 0  # each row four times: ties
-    kept = []
+    x, first = planted.batch(64, 99).repeat(4, 1), bt.processes.share(cfg).start or 0  # four times: ties
+    kept, centred = [], x - trainer.sae.b_dec.data
     for hint in (0.0, 1e9):
-        latent, row, value = bt.find_entries(trainer.sae, x - trainer.sae.b_dec.data, hint, cfg.n_kept(256) + 1)
+        latent, row, value = bt.find_entries(trainer.sae, centred, hint, cfg.n_kept(256) + 1)
         kept.append(torch.stack([row, latent + first]))
     metrics = bt.evaluate(trainer.sae, [planted.batch(512, 98)])
     theta = bt.calibrate(trainer.sae, [planted.batch(512, 97)])
     state = bt.processes.all_latents(trainer.sae.state_dict())
-    return {"stats": torch.tensor(stats), "state": dict(state), "kept": kept, "metrics": metrics, "theta": theta}
+    return dict(stats=torch.tensor(stats), state=dict(state), kept=kept, metrics=metrics, theta=theta)
 
-if __name__ == "__main__":  # under torchrun
+def train_there(folder, environment):
+    """A process as torchrun starts it."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
     bt.processes.join("cpu")
     found = {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
     found["ties"] = bt.processes.largest(torch.arange(4), torch.tensor([2.0, 1.0, 1.0, 1.0]), 4)[1]
-    torch.save(found, f"{sys.argv[1]}/{bt.processes.rank}.pt")
+    torch.save(found, folder / f"{bt.processes.rank}.pt")
 
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_processes_together_do_what_one_does(n, tmp_path):
-    process = torchrun(n, __file__, tmp_path)
-    expected = {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+@pytest.fixture(scope="module")
+def alone():
+    return {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_together_do_what_one_does(n, alone, tmp_path):
+    context = multiprocessing.get_context("forkserver")  # imports torch once for all
+    context.set_forkserver_preload(["torch", "pytest", "typer.testing"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = dict(WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=port)
+    workers = [context.Process(target=train_there, args=(tmp_path, environment | dict.fromkeys(
+        ("RANK", "LOCAL_RANK"), str(i)))) for i in range(n)]
+    for act in (context.Process.start, context.Process.join):
+        [act(worker) for worker in workers]
+    assert not any(worker.exitcode for worker in workers)
     ranks = [torch.load(tmp_path / f"{i}.pt", weights_only=False) for i in range(n)]
     assert torch.cat([rank["ties"] for rank in ranks]).sort().values.tolist() == [1.0] * (4 - n) + [2.0] * n
-    for activation, one in expected.items():
+    for activation, one in alone.items():
         found = [rank[activation] for rank in ranks]
         assert one["stats"][:, 2].max() > 0, "no auxiliary loss was tested"
         for other in found:
@@ -74,18 +90,19 @@ def test_processes_together_do_what_one_does(n, tmp_path):
         for i, kept in enumerate(one["kept"]):
             together = torch.cat([other["kept"][i] for other in found], dim=1)
             assert together.shape[1] == kept.shape[1] == 1025, "ties may not change how many are kept"
-            rows = {tuple(entry) for entry in together.T.tolist()} ^ {tuple(entry) for entry in kept.T.tolist()}
-            assert len({(row % 64, latent) for row, latent in rows}) <= 1, "all but the tie at the threshold"
+            here, there = ({tuple(entry) for entry in entries.T.tolist()} for entries in (kept, together))
+            tied = {(row % 64, latent) for row, latent in here ^ there}
+            assert len(tied) <= 1, "all but the tie at the threshold"
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_survives_a_kill_and_ctrl_c_and_is_the_run_of_one(tmp_path):
     folder, arguments = tmp_path / "two", options(tokens=15_000, checkpoint_tokens=1024)
-    alone = invoke("train", "--out", tmp_path, "--name", "one", *arguments, "--json")
     resume = (ROOT / "cli.py", "train", "--resume", folder)
     # One of two is killed
-    process = torchrun(2, ROOT / "cli.py", "train", "--out", tmp_path, "--name", "two", *arguments)
+    process = torchrun(ROOT / "cli.py", "train", "--out", tmp_path, "--name", "two", *arguments)
     wait_for(lambda: list(folder.glob("state-*-1-of-2.safetensors")), process)
-    [victim] = [pid for pid in children(process.pid) if "RANK=1" in environment(pid)]
+    [victim] = [pid for pid in children(process.pid)
+                if b"\0RANK=1\0" in bt.Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(victim, signal.SIGKILL)
     started, said = time.time(), process.communicate()[0]
     assert process.returncode and time.time() - started < 60
@@ -93,30 +110,33 @@ def test_a_run_of_two_processes_survives_a_kill_and_ctrl_c_and_is_the_run_of_one
     assert "saved by 2 processes" in invoke(*resume[1:]).stderr
     # Ctrl-C reaches all of them, and torchrun sends a second one
     before = tokens_saved(folder)
-    process = torchrun(2, *resume)
+    process = torchrun(*resume)
     wait_for(lambda: tokens_saved(folder) > before, process)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()[0]
-    assert said.count(f"saved; continue with: torchrun --nproc-per-node 2 cli.py train --resume {folder}\n") == 1, said
+    again = f"saved; continue with: torchrun --nproc-per-node 2 cli.py train --resume {folder}\n"
+    assert said.count(again) == 1, said
     assert len(list(folder.glob("state-*"))) == 2 and tokens_saved(folder) > before
     # To the end: an ordinary run
-    process = torchrun(2, *resume, "--json")
+    process = torchrun(*resume, "--json")
+    alone = invoke("train", "--out", tmp_path, "--name", "one", *arguments, "--json")
     said = process.communicate()[0]
     assert process.returncode == 0, said
     [result] = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    assert {p.name for p in folder.iterdir()} == {"config.json", "sae.safetensors", "metrics.jsonl", "evaluation.json"}
+    assert {p.name for p in folder.iterdir()} == FILES
     assert result["theta"]["fvu"] == pytest.approx(json.loads(alone.stdout)["theta"]["fvu"], rel=1e-3)
     two, one = (bt.SAE.load(tmp_path / name) for name in ("two", "one"))
     assert two.W_enc.shape == one.W_enc.shape and two.theta == pytest.approx(float(one.theta), rel=1e-3)
-    records = [[json.loads(line)["tokens"] for line in open(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
+    records = [[json.loads(line)["tokens"] for line in open(tmp_path / name / "metrics.jsonl")]
+               for name in ("one", "two")]
     assert records[0] == records[1]
     assert bt.export(two, tmp_path / "encoder.pt")["flipped"] == 0
 
 @pytest.mark.slow
 def test_latents_that_cannot_be_shared_are_refused_in_one_line(tmp_path):
-    process = torchrun(2, ROOT / "cli.py", "train", "--out", tmp_path, *options(n_latents=255))
+    process = torchrun(ROOT / "cli.py", "train", "--out", tmp_path, *options(n_latents=255))
     said = process.communicate()[0]
-    assert process.returncode and said.count("error: ") == 1 and "255 only if it is a multiple of 2" in said, said
+    assert process.returncode and said.count("error: ") == 1 and "255 only if it is a multiple of 2" in said
 
 def tokens_saved(folder):
     return max([tokens for _, tokens in bt.saved_states(folder)], default=0)
@@ -131,7 +151,5 @@ def wait_for(condition, process):
 
 def children(pid):
     stats = {path: path.read_text() for path in bt.Path("/proc").glob("[0-9]*/stat")}
-    return [int(path.parent.name) for path, stat in stats.items() if stat.rpartition(")")[2].split()[1] == str(pid)]
-
-def environment(pid):
-    return bt.Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return [int(path.parent.name) for path, stat in stats.items()
+            if stat.rpartition(")")[2].split()[1] == str(pid)]
