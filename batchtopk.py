@@ -766,7 +766,8 @@ def nonzero_flat(mask):
 def row_entries(sae, centred):
     """find_entries for TopK: the k largest positive entries of each row, some rows at a time."""
     size, k = max(1, CHUNK_ENTRIES[centred.device.type] // len(sae.b_enc)), int(sae.config.k)
-    z = (functional.linear(rows, sae.W_enc.float(), sae.b_enc.float()) for rows in centred.split(size))
+    W, b = sae.W_enc.float(), sae.b_enc.float()
+    z = (functional.linear(rows, W, b) for rows in centred.split(size))
     value, latent = (torch.cat(parts) for parts in zip(*(part.topk(k, sorted=False) for part in z)))
     row, place = (~(value <= 0)).nonzero().T
     latent, order = latent[row, place].sort(stable=True)
@@ -937,7 +938,7 @@ class LanguageModel:
         self.model.to(self.device).eval().requires_grad_(False)
         special = [i for i in self.tokenizer.all_special_ids if i is not None]
         self.special = torch.tensor(special, dtype=torch.int64, device=self.device)
-        self.site = find_site(self.model, layer, site, module)
+        self.module, self.reads_input = find_site(self.model, layer, site, module)
         self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
@@ -982,12 +983,19 @@ class LanguageModel:
     @torch.no_grad()
     def run(self, ids, change):
         """Logits, with the site's tensor passed through `change`."""
-        def hook(module, *values):
-            h = values[-1]  # the module's output, or before it runs its arguments
-            return (change(h[0]), *h[1:]) if isinstance(h, tuple) else change(h)
+        def before(module, args, kwargs):
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
-        module, reads_input = self.site
-        with module.register_forward_pre_hook(hook) if reads_input else module.register_forward_hook(hook):
+        def after(module, args, output):
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+        if self.reads_input:
+            handle = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = self.module.register_forward_hook(after)
+        with handle:
             return self.model(ids.to(self.device), use_cache=False).logits
 
 class SiteReached(Exception):
@@ -1160,8 +1168,8 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     folder, first, largest = Path(folder), next(iter(configs.values())), check_shared(configs)
     check_run_folder(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    check_room(configs, folder)
     with contextlib.nullcontext() if processes.rank else locked(folder):
+        check_room(configs, folder)
         trainers = {name: Trainer(cfg) for name, cfg in configs.items()}
         held_out = held_out_contexts(first, lm.tokenizer)
         calibration, evaluation = (shuffled_activations(lm, ids, first.model_batch) for ids in held_out)
@@ -1216,7 +1224,7 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
             x, stats, between_steps = x[: first.tokens - tokens].float(), [], False
             for trainer in trainers.values():
                 stats.append([trainer.step(part) for part in x.split(trainer.cfg.batch_size)][-1])
-            before, tokens, at, between_steps = tokens, tokens + len(x), after, True
+            before, tokens, at = tokens, tokens + len(x), after
             if tokens * 100 // first.tokens > before * 100 // first.tokens:
                 for (name, trainer), stat in zip(trainers.items(), stats):
                     records[name].append({"tokens": tokens, **to_json_values(stat._asdict())})
@@ -1225,6 +1233,7 @@ def train_trainers(trainers, largest, lm, folder, probe, on_step):
                     lines = "".join(json.dumps(record) + "\n" for record in records[name])
                     if processes.rank == 0:
                         write_atomically(folder / name / "metrics.jsonl", lines.encode())
+            between_steps = True
             if stopped := processes.total(bool(on_step and on_step(tokens, stats))):
                 raise KeyboardInterrupt
             minutes = (time.monotonic() - saved[0]) / 60
@@ -1599,10 +1608,11 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
     x = sae.b_dec + 4 * theta.mean() * sae.W_dec[:256] if x is None else x.cpu()
     for fine, what in [(all(t.isfinite().all() for t in sae.parameters()), "weights that are not finite"),
                        ((sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01, "decoder rows without norm 1"),
-                       (theta.isfinite().all() and theta.min() > 0, f"a threshold of {theta.min():g}"),
-                       (len(active := sae.encode_sparse(x)[1]), "no active latent on x: θ is wrong")]:
+                       (theta.isfinite().all() and theta.min() > 0, f"a threshold of {theta.min():g}")]:
         if not fine:
             raise InputError(f"the SAE has {what}; no training leaves that")
+    if not len(active := sae.encode_sparse(x)[1]):
+        raise InputError("no latent is active on x: x, the SAE or its θ is wrong")
     files = {Path(path, name): data for name, data in FORMATS[format](sae, getattr(torch, dtype)).items()}
     for file in files:
         check_replaceable(file, overwrite)

@@ -128,7 +128,7 @@ def train(
 ):
     """Train an SAE on a language model's activations, calibrate θ, evaluate on held-out text."""
     given = {field: value for field, value in options.items() if value is not None}
-    if resume and (given or name or expansion):
+    if resume and (given or name or expansion is not None):
         raise bt.InputError("--resume continues a run as it was configured; leave out other options")
     if name is not None and (name in ("", "..") or Path(name).name != name):
         raise bt.InputError(f"name is {name!r}; give the name of one folder (--out says where it is)")
@@ -169,7 +169,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         nonlocal stopped
         twice, stopped = stopped and bt.processes.size == 1, number  # torchrun sends two
         if twice or task.total is None or task.finished:
-            raise KeyboardInterrupt
+            raise SystemExit
         if RANK == 0:
             os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
@@ -192,8 +192,9 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
             configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
             [cfg, *_] = configs.values()
             return bt.train_runs(configs, lm, folder, resume, on_step)
-    except KeyboardInterrupt:
-        err.out(f"saved; continue with: {again}" if bt.saved_states(folder) else "stopped")
+    except (KeyboardInterrupt, SystemExit):
+        said = "saved" if bt.saved_states(folder) else "stopped"
+        err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
         raise typer.Exit(128 + stopped) from None
     except Exception as error:
         if any(n == bt.processes.size for n, _ in bt.saved_states(folder)):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import batchtopk as bt  # noqa: E402
 
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported, often before a command runs
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
 
 TEXT = tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8")  # read faster than all the library
 for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:16]:

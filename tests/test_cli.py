@@ -192,6 +192,10 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     assert result.exit_code == 130 and said in result.stderr and not (again / "sae.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
+    monkeypatch.setattr(bt, "evaluate_run", lambda *_: signal.raise_signal(signal.SIGINT))  # after its last step
+    result = invoke("train", "--resume", again)
+    assert result.exit_code == 130 and said in result.stderr and (again / "state.safetensors").exists()
+    monkeypatch.undo()
     assert f"{again}: 4,000 tokens of training" in invoke("train", "--resume", again).stdout
     for name in ("config.json", "metrics.jsonl", "sae.safetensors"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()

@@ -1,6 +1,6 @@
 """The notebook runs from a clean kernel, and the outputs stored in it came from the code as it is.
 
-    python tests/test_notebook.py        # execute it, store its outputs and the README's figure, which is one of them
+    python tests/test_notebook.py        # execute it, store its outputs and README's figure
 """
 
 import base64
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +32,7 @@ def execute():
     return notebook, cells
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_a_clean_kernel():
     _, cells = execute()  # raises where a cell does, and cells assert the numbers they quote
     assert all(cell.outputs or "hide-input" in cell.metadata.get("tags", []) for cell in cells[1:])

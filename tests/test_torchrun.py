@@ -71,8 +71,11 @@ def test_processes_together_do_what_one_does(n, alone, tmp_path):
     environment = dict(WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=port)
     workers = [context.Process(target=train_there, args=(tmp_path, environment | dict.fromkeys(
         ("RANK", "LOCAL_RANK"), str(i)))) for i in range(n)]
-    for act in (context.Process.start, context.Process.join):
-        [act(worker) for worker in workers]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        worker.kill()  # if it waits for another that has ended
     assert not any(worker.exitcode for worker in workers)
     ranks = [torch.load(tmp_path / f"{i}.pt", weights_only=False) for i in range(n)]
     assert torch.cat([rank["ties"] for rank in ranks]).sort().values.tolist() == [1.0] * (4 - n) + [2.0] * n
