@@ -5,15 +5,16 @@ A sparse autoencoder (SAE) writes an activation x of a language model as a sum o
     Z = (X - b_dec) W_encᵀ + b_enc           pre-activations of all latents, for a batch of tokens
     f = BatchTopK(Z)                         keep the k·B largest positive entries of Z, zero the rest
     X̂ = f W_dec + b_dec                      reconstruction: each active latent adds its decoder row
-    L = mean ‖X - X̂‖² + α · L_aux            L_aux gives latents that stopped firing a gradient
+    L = mean ‖X - X̂‖² + α · L_aux            L_aux gives a gradient to latents that no longer fire
     f = Z · 1[Z > θ]                         inference: one threshold θ > 0 stands in for the batch
 
 TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
 W_dec have norm 1, so dropping an active entry z adds about z² to the squared error: the k·B largest are the
 best use of a budget of k·B entries.
 
-Dimensions:  B tokens in a batch   D width of the activations   F latents   N = max(1, int(k·B)) entries kept
-Skip at first: `processes`, which only torchrun needs, and what concerns "jumprelu", a rival of BatchTopK.
+Dimensions:  B tokens in a batch   D width of x   F latents   k active latents per token, on average
+Skip at first: "jumprelu", a rival of BatchTopK; normalize="token"; and `processes`, which only torchrun
+needs: read processes.total(n), .least(n) and .sum_(t) as n, n and t, and processes.size as 1.
 
 Part one is the method, and trains without part two if step="plain" ("sparse", the default, is its fast twin):
     1 configuration  2 selection  3 SAE  4 loss  5 θ  6 training
@@ -61,7 +62,7 @@ DTYPES = "auto", "float32", "bfloat16"
 class Config:
     """Everything a run depends on. The command line makes its options from these fields."""
 
-    # The dictionary. (paper: 4096) is the paper's value; (paper), (authors): the default is theirs
+    # The dictionary. (paper: 4096): there it is 4096; (paper): as in the paper; (authors): as in their code
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
@@ -85,7 +86,7 @@ class Config:
     checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
-    # Activations (all but eval_tokens for part two)
+    # Activations: skip to eval_tokens, the last; the others are for part two
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
     layer: int = option(1, "block of the model that is read")
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
@@ -111,6 +112,8 @@ class Config:
     @property
     def peak_lr(self) -> float:
         return self.lr or min(5e-3, 3e-3 * (1e6 / self.tokens) ** 0.3)  # long runs want lower ones
+
+    # Presets and files: skip to section 2
 
     @classmethod
     def preset(cls, name: str, recipe: str = "ours", **overrides) -> Config:
@@ -162,7 +165,7 @@ def row_topk(z: Tensor, k: int) -> Tensor:
 
 def standardize(x, per_token: bool):
     """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself."""
-    if not per_token:
+    if not per_token:  # normalize="scale" leaves x alone: see Trainer
         return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
     return (x - mean) / std, mean, std
@@ -177,7 +180,7 @@ class SAE(nn.Module):
         rows = torch.randn(F, D, generator=generator)[share]  # this process's latents, by default all
         rows = functional.normalize(rows, dim=1)
         encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # their kaiming_uniform
-        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D], SAELens's transposed: row j is for reading
+        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D]: latent j reads row j; SAELens's is [D, F]
         self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes row j, of norm 1
         self.b_enc = nn.Parameter(torch.zeros(len(rows)))
         self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
@@ -205,7 +208,7 @@ class SAE(nn.Module):
             return row_topk(z, int(self.config.k))
         if selection == "batch" and self.config.activation == "batchtopk":
             return batch_topk(z, self.config.n_kept(len(z)))
-        return z.masked_fill(z.float() <= self.threshold(), 0.0)  # not z * (z > θ): a NaN must stay
+        return z.masked_fill(z.float() <= self.threshold(), 0.0)  # not where(z > θ, z, 0): a NaN must stay
 
     def as_rows(self, x: Tensor) -> Tensor:
         """x [..., D] as rows [B, D] in the dtype of the weights, standardised if normalize="token"."""
@@ -249,7 +252,7 @@ class SAE(nn.Module):
         row, latent = f.nonzero().T
         return row, latent, f[row, latent].float()
 
-    # The rest of the class is about sparse output, files and precision
+    # Sparse output, files and precision: skip to section 4
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
@@ -309,7 +312,7 @@ def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
     aux = auxiliary_loss(x, residual.detach(), *weights, sae.config)
     return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
 
-AUX_SHARE = 1 / 192  # of B·F: how many entries of Z L_aux may compute
+AUX_SHARE = 1 / 192  # L_aux computes at most this share of the B·F pre-activations
 
 def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
@@ -332,7 +335,7 @@ def auxiliary_loss(x, residual, W_enc, b_enc, W_dec, b_dec, cfg) -> Tensor:
 
 # ---- 5. θ: one number that stands in for the batch -----------
 
-THETA_RATE = 0.01  # of the running estimate
+THETA_RATE = 0.01  # weight of a new batch in the running average
 
 def running_rate(rate, n):
     """Weight of the n-th value in a running average with bias correction: 1, falling to `rate`."""
@@ -341,7 +344,8 @@ def running_rate(rate, n):
 def update_theta_(sae: SAE, smallest: float, n_updates: int):
     """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
 
-    A plain average from 0 would be 37 % short after 100 steps. `train` ends with calibrate, which replaces θ.
+    Uncorrected, an average from 0 would be 37 % short after 100 steps. It gives an unfinished SAE a θ;
+    `train` ends with calibrate, which replaces it.
     """
     rate = running_rate(THETA_RATE, n_updates)
     sae.theta.copy_(smallest if n_updates == 1 else sae.theta + rate * (smallest - sae.theta))  # NaN at first
@@ -385,9 +389,9 @@ DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1)
 class Trainer:
     """Trains one SAE step by step, with plain_step below or the sparse step of section 7.
 
-    normalize="scale" trains as if the inputs were s·x, with a mean squared norm of D around their mean, but
-    never scales x: with s·x the weights would be the same and the biases s times larger, and Adam ignores the
-    size of gradients. So it is enough that biases learn at lr / s and that Adam's ε is converted.
+    normalize="scale" trains as if on s·x, whose mean squared norm around its mean is D, yet never scales x.
+    On s·x the weights would be the same and the biases s times larger. Adam ignores the size of gradients,
+    so update_ only lets the biases learn at lr / s and converts Adam's ε.
     """
 
     def __init__(self, cfg: Config):
@@ -397,7 +401,7 @@ class Trainer:
         self.scale = self.variance = 0.0  # s, and the data's variance; 0 until initialize_
         self.last_threshold = 0.0  # smallest entry kept by the last step, for section 7
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
-        self.moments = {f"{name}.{moment}": torch.zeros_like(parameter, requires_grad=False)
+        self.moments = {f"{name}.{moment}": torch.zeros_like(parameter)
                         for name, parameter in self.sae.named_parameters() for moment in ("mean", "square")}
         self.moments["updates"] = torch.zeros_like(self.sae.b_enc.data)[:, None]  # gradients a latent has had
 
@@ -414,9 +418,9 @@ class Trainer:
         self.variance = variance or 1.0  # one token has none
         self.scale = math.sqrt(x.shape[1] / self.variance) if self.cfg.normalize == "scale" else 1.0
 
-    def check_finite(self, mse: float):
-        if not math.isfinite(mse):  # called before anything is changed
-            raise InputError(f"loss {mse} at token {self.tokens_seen}: x is not finite, or lr is too high")
+    def check_finite(self, value: float):
+        if not math.isfinite(value):  # called before anything is changed
+            raise InputError(f"loss {value} at token {self.tokens_seen}: x is not finite, or lr is too high")
 
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D], in the model's units. InputError for anything else."""
@@ -432,8 +436,8 @@ class Trainer:
         self.tokens_seen += len(x)
         self.steps += 1
         n_active = processes.total(len(value))
-        l0, smallest = n_active / len(x), float(value.min()) if len(value) else math.inf
-        smallest = processes.least(smallest) if n_active else math.nan
+        l0 = n_active / len(x)
+        smallest = processes.least(float(value.min()) if len(value) else math.inf) if n_active else math.nan
         total = mse + cfg.aux_coef * aux
         if cfg.activation == "jumprelu":
             total += update_jumprelu_(self, penalty, l0, smallest)
@@ -456,7 +460,7 @@ class Trainer:
         return jumprelu_penalty(self) if self.cfg.activation == "jumprelu" else None
 
     def stored(self, name: str) -> list[Tensor]:
-        """A parameter and its two moments as rows, [F] as [F, 1]. They share its memory."""
+        """Views of a parameter and its two moments, for update_ to write to; those of [F] are [F, 1]."""
         tensors = getattr(self.sae, name).data, self.moments[f"{name}.mean"], self.moments[f"{name}.square"]
         return [t.view(len(t), -1) for t in tensors]
 
@@ -475,7 +479,7 @@ class Trainer:
         epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
         if name == "W_dec":
             g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
-        # 1 - β with Adam's bias correction in it
+        # The moments are stored with the bias corrected: running_rate takes the place of 1 - β
         mean.lerp_(g, running_rate(1 - self.cfg.beta1, n).masked_fill_(silent, 0.0))
         square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n).masked_fill_(silent, 0.0))
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-speed)
@@ -507,8 +511,8 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on others.
 
     Args: batches, any iterable of float tensors [n, D] of any n, in the model's units; a list is repeated.
-        The first 5 % of cfg.tokens (a batch or more, at most cfg.eval_tokens) only set b_dec, s and θ, until
-        a list repeats; so a generator has to give 1.05 · cfg.tokens.
+        The first 5 % of cfg.tokens (a batch or more, at most cfg.eval_tokens) are held out for b_dec, s and
+        θ; a generator has to give cfg.tokens besides, a repeated list trains on them in its second pass.
     Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
     """
     trainer = Trainer(cfg)
@@ -704,7 +708,7 @@ processes = Processes()
 # ==================== Part two: fast and practical ====================
 # ---- 7. The same step, sparse --------------------------------
 
-# Only the encoder product has to be dense. All else touches the N kept entries, about a thousandth of B·F.
+# Only the encoder product has to be dense. All else touches the N = k·B kept entries, a thousandth of B·F.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
