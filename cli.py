@@ -277,32 +277,28 @@ def export(
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
     sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
-        x, what = activations_to_compare(sae, run)
+        x = held_out_activations(sae.config)
         found = bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
         return
-    tell(f"Wrote {path}. On {len(x):,} {what} the SAE has {found['l0']:.2f} active "
+    made_up = "made-up activations (its model or text is not at hand, so L0 need not be k)"
+    what = made_up if x is None else "held-out tokens"
+    tell(f"Wrote {path}. On {found['tokens']:,} {what} the SAE has {found['l0']:.2f} active "
          f"latents per token; k is {sae.config.k:g}.")
     if format == "torchscript":
-        active = found["l0"] * len(x)
+        active = found["l0"] * found["tokens"]
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
              "differ, the others by at most {largest_difference:.2g}.".format(active=active, **found))
 
-def activations_to_compare(sae: bt.SAE, run: Path) -> tuple[torch.Tensor, str]:
-    """Held-out activations [n, D] of a run, or made-up ones of the same size; and what they are."""
-    cfg, size = sae.config, 4 * float(sae.threshold().detach().mean())
+def held_out_activations(cfg: bt.Config) -> torch.Tensor | None:
+    """Activations [n, D] of held-out text, or None if the run's model or text is not at hand."""
     with contextlib.suppress(bt.Unavailable, bt.InputError):
         lm = bt.LanguageModel.from_config(cfg)
         if lm.d_model == cfg.d_model:
             contexts = bt.held_out_contexts(cfg, lm.tokenizer)[1]
             few = contexts[:: max(1, len(contexts) // 64)]
-            return bt.shuffled_activations(lm, few, cfg.model_batch).cpu(), "held-out tokens"
-    with contextlib.suppress(bt.InputError):
-        result = read_evaluation(run)["theta"]
-        size = (result["mse"] / result["fvu"]) ** 0.5
-    x = sae.b_dec.detach() + size * sae.W_dec.detach()[:256]
-    return x, "made-up activations (its model or text is not at hand, so L0 need not be k)"
+            return bt.shuffled_activations(lm, few, cfg.model_batch)
 
 # ---- latents ----
 

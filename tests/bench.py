@@ -42,7 +42,7 @@ def measure(cfg, repeat):
     kinds = {STEP: {}, TOPK: dict(activation="topk"), DEAD: {}, PLAIN: dict(step="plain")}
     if cfg.k % 1:
         del kinds[TOPK]
-    if bt.multiplies_bfloat16(device):
+    if bt.choose_dtype("auto", device) == torch.bfloat16:
         kinds["step, bfloat16"] = dict(encoder_dtype="bfloat16")
     trainers = {name: bt.Trainer(dataclasses.replace(cfg, **changes)) for name, changes in kinds.items()}
     dying, endless = trainers[DEAD].sae, itertools.cycle(batches)
@@ -104,7 +104,7 @@ def synthetic_batches(cfg, device):
 
 def measure_shared(cfg, repeat):
     """The step of all of torchrun's processes together: its time, the memory of one, and what is sent."""
-    group, sent, call = bt.processes, [], getattr(bt.processes, "call", None)
+    group, sent, all_reduce = bt.processes, [], torch.distributed.all_reduce
     device = bt.resolve_device(cfg.device)
     batches, trainer = itertools.cycle(synthetic_batches(cfg, device)), bt.Trainer(cfg)
 
@@ -115,19 +115,19 @@ def measure_shared(cfg, repeat):
     held = sum(t.nbytes for t in bt.trainer_state(trainer).values())
     peak, times = peak_memory(run, device), [seconds(run, device) for _ in range(repeat)]
 
-    def counted(collective, *arguments):
-        sent.append((collective.__name__, arguments[-1].nbytes))
-        call(collective, *arguments)
+    def counted(t):
+        sent.append(t.nbytes)
+        all_reduce(t)
 
-    group.call = counted
+    torch.distributed.all_reduce = counted
     run()
     if group.rank == 0:
         print(f"D {cfg.d_model}, F {cfg.n_latents}, B {cfg.batch_size}, k {cfg.k:g}; {device_name(device)}\n"
               f"{group.size} processes of {torch.get_num_threads()} threads: {statistics.median(times):.3f} s "
               f"a step (median of {repeat}); each holds {held / 2**20:.0f} MiB\n"
               f"and {peak / 2**20:.0f} beside them at the peak of a step")
-        for (name, size), count in sorted(collections.Counter(sent).items(), key=lambda item: -item[0][1]):
-            print(f"{count:>4} × {name} of {size:,} bytes from each process")
+        for size, count in sorted(collections.Counter(sent).items(), reverse=True):
+            print(f"{count:>4} × all_reduce of {size:,} bytes")
 
 @torch.no_grad()
 def measure_export(path, cfg, repeat):
@@ -176,7 +176,7 @@ def phases(trainer, x, z):
     """{part of a step: (with dense matrices, as it is here)}; z [B, F] is scratch. The last is the rest."""
     sae, hint, n = trainer.sae, bt.HINT * trainer.last_threshold, trainer.cfg.n_kept(len(x))
     W_enc, b_enc, W_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach()
-    centred, f, (row, latent, value) = x - sae.b_dec, sae.encode(x, "batch"), sae.active_entries(x, "batch")
+    ((row, latent), value), centred, f = sae.encode_sparse(x, "batch"), x - sae.b_dec, sae.encode(x, "batch")
     g, order = torch.randn_like(x), latent.argsort(stable=True)
     starts, moments = bt.group_starts(row, len(x)), [torch.zeros_like(W_dec) for _ in range(2)]
 
