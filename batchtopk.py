@@ -892,7 +892,7 @@ class LanguageModel:
         self.model.to(self.device).eval().requires_grad_(False)
         special = [i for i in self.tokenizer.all_special_ids if i is not None]
         self.special = torch.tensor(special, dtype=torch.int64, device=self.device)
-        self.module, self.reads_input = find_site(self.model, layer, site, module)
+        self.module = find_site(self.model, layer, site, module)
         self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
@@ -938,37 +938,29 @@ class LanguageModel:
     @torch.no_grad()
     def run(self, ids, change):
         """Logits, with the site's tensor passed through `change`."""
-        def before(module, args, kwargs):
-            h, *rest = args or [kwargs.pop("hidden_states")]  # some models call their blocks by keyword
-            return (change(h), *rest), kwargs
-
-        def after(module, args, output):
+        def hook(module, args, output):
             return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-        if self.reads_input:
-            handle = self.module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = self.module.register_forward_hook(after)
-        with handle:
+        with self.module.register_forward_hook(hook):
             return self.model(ids.to(self.device), use_cache=False).logits
 
 class SiteReached(Exception):
     """Ends a forward pass at the hook and carries the activations out."""
 
 def find_site(model, layer, site, path):
-    """(module, whether its input is read rather than its output) of a site, or of a module's path."""
+    """The module whose output the SAE reads: the one of a path, or the one that writes a site."""
     modules = dict(model.named_modules())
     lists = (name for name in modules if name.rpartition(".")[2] in ("h", "layers", "blocks"))
-    block = f"{next(lists, 'layers')}.{layer}"
-    parts = {"resid_pre": [""], "resid_post": [""], "mlp_out": [".mlp", ".feed_forward"],
-             "attn_out": [".attn", ".self_attn", ".attention"]}
-    if f"{block}.post_feedforward_layernorm" in modules:  # Gemma 2 adds the outputs of norms
-        parts |= {"mlp_out": [".post_feedforward_layernorm"], "attn_out": [".post_attention_layernorm"]}
-    paths = [path] if path else [block + part for part in parts[site]]
-    for name in paths:
+    blocks = next(lists, "layers")
+    block, before = f"{blocks}.{layer}", f"{blocks}.{layer - 1}" if layer else "transformer.drop"  # GPT-2's
+    norms = f"{block}.post_feedforward_layernorm" in modules  # Gemma 2 adds the outputs of norms
+    parts = {"mlp_out": ["post_feedforward_layernorm"] if norms else ["mlp", "feed_forward"],
+             "attn_out": ["post_attention_layernorm"] if norms else ["attn", "self_attn", "attention"]}
+    paths = [f"{block}.{part}" for part in parts.get(site, ())] or [before if site == "resid_pre" else block]
+    for name in [path] if path else paths if block in modules else [block]:
         if name in modules:
-            return modules[name], site == "resid_pre" and not path
-    raise InputError(f"the model has no module {' or '.join(map(repr, paths))}; give another layer or module")
+            return modules[name]
+    raise InputError(f"the model has no module {name!r}; give another layer or module")
 
 def documents(cfg, split):
     """The texts of cfg.dataset for "train" or "held-out", once through, without blank ones."""

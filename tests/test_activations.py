@@ -68,17 +68,11 @@ def test_splicing_in_the_identity_leaves_the_logits_as_they_were(site, module, g
         assert [torch.equal(clean[:, t], changed[:, t]) for t in (0, 1)] == [True, False], "0 is left"
         assert not lm.model._forward_hooks and torch.equal(clean, lm.logits(ids)), "hooks must be gone"
 
-def test_a_block_that_is_called_by_keyword_is_read_and_edited_too(lm):
-    """Some of the hub's models do: block(hidden_states=h)."""
-    class Block(torch.nn.Module):
-        def forward(self, hidden_states):
-            return 2 * hidden_states
-
-    other, ids = copy.copy(lm), torch.full((2, 5), 7)
-    other.module, h = Block(), torch.ones(2, 5, 256)
-    other.model = lambda *_, **__: types.SimpleNamespace(logits=other.module(hidden_states=h))
-    assert torch.equal(other.activations(ids), h)
-    assert (other.logits(ids, lambda h: 3 * h)[:, 1:] == 6).all()
+def test_the_stream_before_the_first_block_is_read_where_a_module_writes_it(lm, gemma):
+    first, ids = bt.LanguageModel("tiny-gpt2", 0, device="cpu"), ids_of()
+    assert torch.equal(first.activations(ids), lm.model(ids, output_hidden_states=True).hidden_states[0])
+    with pytest.raises(bt.InputError, match="no module 'transformer.drop'; give another layer or module"):
+        bt.LanguageModel(gemma, 0, device="cpu")
 
 def test_the_first_position_and_special_tokens_are_left_out_by_default(lm):
     ids = torch.tensor([[5, 6, 0, 7], [0, 8, 9, 0]])
