@@ -362,17 +362,16 @@ DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1)
 class Trainer:
     """Trains one SAE step by step, with plain_step below or the sparse step of section 7.
 
-    normalize="scale" trains as if on s·x, whose mean squared norm around its mean is D, so that one learning
-    rate suits all models; yet x is never scaled. On s·x the loss would be s² times as large, the biases s
-    times, and the weights the same. As Adam ignores the size of gradients but for its ε, it is enough that
-    update_ converts ε and lets the biases learn at lr / s.
+    With normalize="scale" the size of activations does not matter, yet x is never scaled: the loss has the
+    unit of x², biases that of x, weights none. Adam's steps are as large as the learning rate whatever the
+    unit of the loss, so it is enough to multiply those of the biases by x_std, the standard deviation of x.
     """
 
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = SAE(cfg, processes.share(cfg)).to(self.device)
         self.tokens_seen, self.steps, self.seconds = 0, 0, 0.0  # seconds are counted in section 9
-        self.scale = self.variance = 0.0  # s, and the data's variance; 0 until initialize_
+        self.x_std = self.variance = 0.0  # x_std² is the variance / D; 0 until initialize_
         self.last_threshold = 0.0  # smallest entry kept by the last step, for section 7
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
         self.moments = {"updates": torch.zeros_like(self.sae.b_enc.data[:, None])}  # of each latent
@@ -381,7 +380,7 @@ class Trainer:
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
-        """Set b_dec's start and the scale s from x [n, D], by default the first batch."""
+        """Set b_dec's start and x_std from x [n, D], by default the first batch."""
         x = self.sae.as_rows(x.to(self.device))
         variance = float((x - x.mean(0)).square().sum(1).mean())
         self.check_finite(variance)
@@ -390,7 +389,7 @@ class Trainer:
         if self.cfg.init == "data":
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0  # one token has none
-        self.scale = math.sqrt(x.shape[1] / self.variance) if self.cfg.normalize == "scale" else 1.0
+        self.x_std = math.sqrt(self.variance / x.shape[1]) if self.cfg.normalize == "scale" else 1.0
 
     def check_finite(self, value: float):
         if not math.isfinite(value):  # called before anything is changed
@@ -400,7 +399,7 @@ class Trainer:
         """One training step on x [B, D], in the language model's units. InputError for anything else."""
         if x.ndim != 2 or not len(x):
             raise InputError(f"x has the shape {list(x.shape)}; give [B, {self.cfg.d_model}]")
-        if not self.scale:
+        if not self.x_std:
             self.initialize_(x)
         sae, cfg, lr = self.sae, self.cfg, self.learning_rate()
         penalty = jumprelu_penalty(self) if cfg.activation == "jumprelu" else None
@@ -442,10 +441,10 @@ class Trainer:
         W, mean, square = stored or self.stored(name)
         n = torch.full_like(W[:1, :1], self.steps + 1) if n is None else n
         g, silent = g.view(len(g), -1), n == 0
-        unit = self.scale if name in ("b_enc", "b_dec") else 1.0  # biases for s·x are s times as large
-        lr = self.learning_rate() / unit * (DECODER_LR if name == "W_dec" else 1)
-        # A gradient for x is unit / s² times that for s·x, hence so is Adam's ε. ε = ∞ means no step
-        epsilon = torch.full_like(n, 1e-8 * unit / self.scale**2).masked_fill_(silent, math.inf)
+        unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
+        lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
+        # Adam's ε has the unit of the gradient, which is the loss's over the parameter's. ε = ∞ means no step
+        epsilon = torch.full_like(n, 1e-8 * self.x_std**2 / unit).masked_fill_(silent, math.inf)
         if name == "W_dec":
             g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
         # The moments are stored with the bias corrected: running_rate takes the place of 1 - β
@@ -471,8 +470,8 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on others.
 
     Args: batches, any iterable of float tensors [n, D] of any n, in the model's units; a list is repeated.
-        The first 5 % of cfg.tokens (a batch or more, at most cfg.eval_tokens) are held out for b_dec, s and
-        θ; a generator has to give cfg.tokens besides, a repeated list trains on them in its second pass.
+        The first 5 % of cfg.tokens (a batch or more, at most cfg.eval_tokens) are held out for b_dec, x_std
+        and θ; a generator has to give cfg.tokens besides, a repeated list trains on them in its second pass.
     Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
     """
     trainer = Trainer(cfg)

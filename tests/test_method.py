@@ -217,7 +217,7 @@ def oracle(sae, x, dead=(), penalty=None):
 def gradients(sae, x, penalty=None):
     """What a step reports, and the gradients it gave to Adam: with beta1 = 0 they are the first moments."""
     trainer = bt.Trainer(sae.config)
-    trainer.sae, trainer.scale, trainer.variance = sae, 1.0, 1.0
+    trainer.sae, trainer.x_std, trainer.variance = sae, 1.0, 1.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bt, "jumprelu_penalty", lambda trainer: penalty)
         stats = trainer.step(x)
@@ -472,11 +472,11 @@ def test_part_one_is_the_whole_method_and_runs_alone(planted, monkeypatch):
     assert not hasattr(part_one, "find_entries") and not hasattr(part_one, "LanguageModel")
 
 def row_optimizers(twin, cfg):
-    """torch.optim.Adam for each latent alone, on its rows of twin's tensors, with inputs' scale 2.5."""
+    """torch.optim.Adam for each latent alone, on its rows of twin's tensors, with x_std 0.4."""
     def groups(j):
-        rows = (("W_enc", 1.0, 1), ("W_dec", 1.0, bt.DECODER_LR), ("b_enc", 2.5, 1))
+        rows = (("W_enc", 1.0, 1), ("W_dec", 1.0, bt.DECODER_LR), ("b_enc", 0.4, 1))
         return [dict(params=[torch.nn.Parameter(getattr(twin, name).data[j])], name=name,
-                     factor=factor / unit, eps=1e-8 * unit / 2.5**2) for name, unit, factor in rows]
+                     factor=factor * unit, eps=1e-8 * 0.4**2 / unit) for name, unit, factor in rows]
     return [torch.optim.Adam(groups(j), betas=(cfg.beta1, cfg.beta2)) for j in range(cfg.n_latents)]
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -488,14 +488,14 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
     cfg = config(step=step, activation=activation, k=0.5 if activation == "batchtopk" else 1, aux_k=1,
                  lr=1e-2, tokens=10**5, warmup=16 * 4 / 10**5)
     trainer, penalty = bt.Trainer(cfg), PENALTY if activation == "jumprelu" else None
-    trainer.sae, trainer.scale, trainer.variance = random_sae(cfg), 2.5, 1.0
+    trainer.sae, trainer.x_std, trainer.variance = random_sae(cfg), 0.4, 1.0
     monkeypatch.setattr(bt, "jumprelu_penalty", lambda trainer: penalty)
     some_dead(trainer.sae, None)
     twin, resting = copy.deepcopy(trainer.sae).double(), 0
     own = row_optimizers(twin, cfg)
-    shared = [dict(params=[twin.b_dec], name="b_dec", factor=1 / 2.5, eps=1e-8 / 2.5)]
+    shared = [dict(params=[twin.b_dec], name="b_dec", factor=0.4, eps=1e-8 * 0.4)]
     if penalty:
-        shared += [dict(params=[twin.log_threshold], name="log_threshold", factor=1, eps=1e-8 / 2.5**2)]
+        shared += [dict(params=[twin.log_threshold], name="log_threshold", factor=1, eps=1e-8 * 0.4**2)]
     shared = torch.optim.Adam(shared, betas=(cfg.beta1, cfg.beta2))
     for i in range(6):
         x, rate = randn(16, 12, seed=i), 1e-2 * min(1, (i + 1) / 4)
