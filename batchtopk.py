@@ -9,12 +9,12 @@ A sparse autoencoder (SAE) writes an activation x of a language model as a sum o
     f = Z · 1[Z > θ]                         inference: one threshold θ > 0 stands in for the batch
 
 TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
-W_dec have norm 1, so dropping an active entry z adds about z² to the squared error: the k·B largest are the
-best use of a budget of k·B entries.
+W_dec have norm 1, so dropping an active entry z moves a reconstruction by the distance z: the k·B largest
+are the best use of a budget of k·B entries.
 
 Dimensions:  B tokens in a batch   D width of x   F latents   k active latents per token, on average
 Skip at first: "jumprelu", a rival of BatchTopK; normalize="token"; and `processes`, which only torchrun
-needs: read processes.total(n), .least(t) and .sum_(t) as n, t.min() and t, and processes.size as 1.
+needs: read processes.total(n), .least(t) and .sum_(t) as n, t.min() (∞ if t is empty) and t, .size as 1.
 
 Part one is the method, and trains without part two if step="plain" ("sparse", the default, is its fast twin).
 Part two makes it practical: the sparse step, activations of a language model, runs, evaluation, export.
@@ -61,12 +61,12 @@ DTYPES = "auto", "float32", "bfloat16"
 class Config:
     """Everything a run depends on. The command line makes its options from these fields."""
 
-    # The dictionary. (paper: 4096): the paper has 4096; (paper): it has the same; (authors): their code has
+    # The dictionary. In brackets: whose value it is, or what theirs is
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "what selects latents", "batchtopk", "topk", "jumprelu")
-    normalize: str = option("scale", "one scale for all inputs, or each token standardised", "scale", "token")
+    normalize: str = option("scale", "fit steps to the size of x, or standardise tokens", "scale", "token")
     init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
     # Training
     tokens: int = option(1_000_000, "length of the run in tokens", low=1)
@@ -79,7 +79,7 @@ class Config:
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
-    step: str = option("sparse", "fast, or plain autograd; the same results", "sparse", "plain")
+    step: str = option("sparse", "sparse is fast, plain is autograd; same results", "sparse", "plain")
     encoder_dtype: str = option("auto", "precision of the encoder product; auto: bfloat16 if fast", *DTYPES)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
     checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
@@ -155,14 +155,14 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
 # ---- 3. The sparse autoencoder -------------------------------
 
 class SAE(nn.Module):
-    """A sparse autoencoder; `share` leaves one process of several its own latents."""
+    """A sparse autoencoder. `share` is for torchrun: which latents a process holds."""
 
     def __init__(self, config: Config, share: slice = slice(None)):
         super().__init__()
         self.config = config
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
         rows = functional.normalize(torch.randn(F, D, generator=generator)[share], dim=1)
-        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # their kaiming_uniform
+        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # as their kaiming_uniform
         self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D]: latent j reads row j; SAELens's is [D, F]
         self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes row j, of norm 1
         self.b_enc = nn.Parameter(torch.zeros(len(rows)))
@@ -201,7 +201,7 @@ class SAE(nn.Module):
         return standardize(rows, self.config.normalize == "token")[0]
 
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """Activations x [..., D] in the model's units, of any float dtype, to latents f [..., F].
+        """Activations x [..., D], as the model gives them and of any float dtype, to latents f [..., F].
 
         selection is "theta", the inference form Z · 1[Z > θ], where each row depends on itself alone, or
         "batch", BatchTopK over all rows of x, as in training. TopK and JumpReLU have one form each.
@@ -220,7 +220,7 @@ class SAE(nn.Module):
         return x_hat * std + mean
 
     def forward(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """The reconstruction of x [..., D], in the model's units. As for encode."""
+        """The reconstruction of x [..., D], in the units of x. As for encode."""
         return self.restore(self.decode(self.encode(x, selection)), x)
 
     def is_dead(self) -> Tensor:
@@ -278,12 +278,12 @@ def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
     if penalty:
         f, n_active = jumprelu(z, sae.threshold(), penalty[1])
         sparsity = penalty[0] * n_active / len(x)
-    else:
+    else:  # JumpReLU too, at the start of a run
         f = row_topk(z, int(cfg.k)) if cfg.activation == "topk" else batch_topk(z, cfg.n_kept(len(z)))
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     aux, _, _ = auxiliary_loss(sae, x, residual.detach())
-    return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
+    return mse + cfg.aux_coef * aux + sparsity, mse, aux, f
 
 AUX_SHARE = 1 / 192  # L_aux computes at most this share of the B·F pre-activations
 
@@ -295,10 +295,11 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor):
     No ReLU here: with one, a latent with negative Z on all tokens would get no gradient. The residual e is a
     constant, so that live latents get none from L_aux. With more than F / 192 dead latents only the first
     tokens of the batch are used, to bound the cost.
-    Returns L_aux, the dead latents, and the weights it depends on: their rows, and b_dec.
+    Returns L_aux and, for the sparse step, the dead latents and the weights that L_aux depends on.
     """
     cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
-    weights = W_enc, b_enc, W_dec, b_dec = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
+    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
+    W_enc, b_enc, W_dec, b_dec = weights
     n_dead = processes.total(len(dead))
     if not n_dead or not cfg.aux_k:
         return x.new_zeros(()), dead, weights
@@ -320,8 +321,7 @@ def running_rate(rate, n):
 def update_theta_(sae: SAE, smallest: float, n: int):
     """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
 
-    Uncorrected, an average from 0 would be 37 % short after 100 steps. It gives an unfinished SAE a θ;
-    `train` ends with calibrate, which replaces it.
+    It gives an unfinished SAE its θ; `train` ends with calibrate, which replaces it.
     """
     theta = sae.theta.nan_to_num(smallest)  # NaN at first
     sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (smallest - theta))
@@ -374,7 +374,7 @@ class Trainer:
         self.x_std = self.variance = 0.0  # x_std² is the variance / D; 0 until initialize_
         self.last_threshold = 0.0  # smallest entry kept by the last step, for section 7
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
-        self.moments = {"updates": torch.zeros_like(self.sae.b_enc.data[:, None])}  # of each latent
+        self.moments = {"updates": torch.zeros_like(self.sae.b_enc.data[:, None])}  # gradients of each latent
         for name, parameter in self.sae.named_parameters():
             self.moments |= {f"{name}.{moment}": torch.zeros_like(parameter) for moment in ("mean", "square")}
 
@@ -396,7 +396,7 @@ class Trainer:
             raise InputError(f"loss {value} at token {self.tokens_seen}: x is not finite, or lr is too high")
 
     def step(self, x: Tensor) -> StepStats:
-        """One training step on x [B, D], in the language model's units. InputError for anything else."""
+        """One training step on x [B, D]. InputError for anything else."""
         if x.ndim != 2 or not len(x):
             raise InputError(f"x has the shape {list(x.shape)}; give [B, {self.cfg.d_model}]")
         if not self.x_std:
@@ -419,35 +419,35 @@ class Trainer:
         return StepStats(total, mse, aux, mse / self.variance, l0, dead, smallest, lr)
 
     def learning_rate(self) -> float:
-        """Of the next step: linear warm-up, constant, linear decay to zero, by tokens."""
+        """The next step's: linear warm-up, constant, linear decay to zero, by tokens."""
         cfg, left = self.cfg, self.cfg.tokens - self.tokens_seen
         peak = cfg.lr or min(5e-3, 3e-3 * (1e6 / cfg.tokens) ** 0.3)  # long runs want lower ones
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)  # not 0 at first
         return peak * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
     def stored(self, name: str) -> list[Tensor]:
-        """Views of a parameter and its two moments, for update_ to write to; those of [F] are [F, 1]."""
+        """Views of a parameter and its two moments, for update_ to write to; vectors as columns."""
         tensors = getattr(self.sae, name).data, self.moments[f"{name}.mean"], self.moments[f"{name}.square"]
         return [t.view(len(t), -1) for t in tensors]
 
     @torch.no_grad()
-    def update_(self, name: str, g: Tensor, n: Tensor | None = None, stored: list[Tensor] | None = None):
-        """One step of Adam, in place, on a parameter and its moments, or on some rows of them (see `stored`).
+    def update_(self, name: str, g: Tensor, n: Tensor | None = None, tensors: list[Tensor] | None = None):
+        """One step of Adam, in place, on a parameter and its moments, or on `tensors`, some rows of these.
 
-        n [rows, 1] is the number of gradients each row of g has had, this one included, or 0 if it has none
-        now: then row and moments stay as they are ("lazy", as in torch.optim.SparseAdam). Dense Adam would
-        shrink a rare latent's moments to nothing between its firings. By default every step gave a gradient.
+        n [rows, 1] counts the gradients that each row has had, this one included; by default every step gave
+        one. 0 means none in this step: the row and its moments stay as they are ("lazy", as in
+        torch.optim.SparseAdam). Dense Adam would shrink a rare latent's moments to nothing between firings.
         """
-        W, mean, square = stored or self.stored(name)
+        W, mean, square = tensors or self.stored(name)
         n = torch.full_like(W[:1, :1], self.steps + 1) if n is None else n
         g, silent = g.view(len(g), -1), n == 0
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
-        # Adam's ε has the unit of the gradient, which is the loss's over the parameter's. ε = ∞ means no step
+        # Adam's ε has the unit of the gradient: the loss's over the parameter's. Where it is ∞ nothing moves
         epsilon = torch.full_like(n, 1e-8 * self.x_std**2 / unit).masked_fill_(silent, math.inf)
         if name == "W_dec":
             g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
-        # The moments are stored with the bias corrected: running_rate takes the place of 1 - β
+        # The moments are stored with the bias corrected: running_rate (∞ for n = 0) takes the place of 1 - β
         mean.lerp_(g, running_rate(1 - self.cfg.beta1, n).masked_fill_(silent, 0.0))
         square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n).masked_fill_(silent, 0.0))
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-lr)
@@ -460,18 +460,18 @@ def plain_step(trainer: Trainer, x: Tensor, penalty=None):
     trainer.check_finite(mse.item())
     names, parameters = zip(*trainer.sae.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(total, parameters, materialize_grads=True)))
-    touched = gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: latents with a gradient
+    touched = gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: active, or in L_aux
     n = touched * trainer.moments["updates"].add_(touched)  # 0 for latents without one
     for name, g in gradient.items():
         trainer.update_(name, g, n if name in ("W_enc", "W_dec", "b_enc") else None)
     return mse.item(), aux.item(), f.nonzero()[:, 1], f.detach()[f != 0]
 
 def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
-    """Train an SAE on cfg.tokens tokens and calibrate its θ on others.
+    """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
-    Args: batches, any iterable of float tensors [n, D] of any n, in the model's units; a list is repeated.
+    Args: batches, any iterable of float tensors [n, D] of any n; a list is repeated.
         The first 5 % of cfg.tokens (a batch or more, at most cfg.eval_tokens) are held out for b_dec, x_std
-        and θ; a generator has to give cfg.tokens besides, a repeated list trains on them in its second pass.
+        and θ; a generator has to give cfg.tokens on top, a repeated list trains on them in its second pass.
     Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
     """
     trainer = Trainer(cfg)
