@@ -97,6 +97,7 @@ def test_auto_is_bfloat16_on_gpus_that_multiply_it(dtype, device, multiplies, ex
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     capability = (8, 0) if multiplies else (7, 5)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies}, raising=False)
     monkeypatch.setattr(bt, "resolve_device", torch.device)
     with pytest.raises(bt.Unavailable, match=f"asked for torch.{expected}"):
         bt.LanguageModel("tiny-gpt2", dtype=dtype, device=device)
