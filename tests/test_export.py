@@ -99,9 +99,17 @@ def test_bfloat16_inputs_and_saes_export_in_float32(sae, tmp_path):
     assert exported(torch.randn(3, 48).bfloat16()).dtype == torch.float32
     assert bt.Config(**json.loads(extra["config.json"])) == sae.config
 
-def test_a_file_that_differs_is_refused_and_leaves_what_was_there(sae, tmp_path, monkeypatch):
+@pytest.mark.parametrize("names", [("W_enc", "b_enc", "theta"), ("W_dec",), ("theta",)])
+def test_a_file_that_differs_is_refused_and_leaves_what_was_there(names, sae, tmp_path, monkeypatch):
+    """Values, reconstructions and which entries are active: each is compared."""
+    class Other(bt.ExportedSAE):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            for name in names:
+                setattr(self, name, 0.99 * getattr(self, name))
+
     (tmp_path / "encoder.pt").write_text("mine")
-    monkeypatch.setattr(bt.SAE, "encode", lambda self, x, selection="theta": torch.ones(len(x), 128))
+    monkeypatch.setattr(bt, "ExportedSAE", Other)
     with pytest.raises(RuntimeError, match="differs from the SAE"):
         bt.export(sae, tmp_path / "encoder.pt")
     assert (tmp_path / "encoder.pt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
