@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import batchtopk as bt  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin without one
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
 
 TEXT = tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8")  # read faster than all the library
