@@ -61,7 +61,7 @@ DTYPES = "auto", "float32", "bfloat16"
 class Config:
     """Everything a run depends on. The command line makes its options from these fields."""
 
-    # The dictionary. In brackets: whose value it is, or what theirs is
+    # The dictionary. (paper: 4096) is the paper's value; (paper), (authors): the default is theirs
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
@@ -321,7 +321,7 @@ def running_rate(rate, n):
 def update_theta_(sae: SAE, smallest: float, n: int):
     """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
 
-    It gives an unfinished SAE its θ; `train` ends with calibrate, which replaces it.
+    This gives an unfinished SAE its θ; `train` ends with calibrate, which replaces it.
     """
     theta = sae.theta.nan_to_num(smallest)  # NaN at first
     sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (smallest - theta))
@@ -951,7 +951,8 @@ def find_site(model, layer, site, path):
     modules = dict(model.named_modules())
     lists = (name for name in modules if name.rpartition(".")[2] in ("h", "layers", "blocks"))
     blocks = next(lists, "layers")
-    block, before = f"{blocks}.{layer}", f"{blocks}.{layer - 1}" if layer else "transformer.drop"  # GPT-2's
+    block = f"{blocks}.{layer}"
+    before = f"{blocks}.{layer - 1}" if layer else "transformer.drop"  # that adds up GPT-2's embeddings
     norms = f"{block}.post_feedforward_layernorm" in modules  # Gemma 2 adds the outputs of norms
     parts = {"mlp_out": ["post_feedforward_layernorm"] if norms else ["mlp", "feed_forward"],
              "attn_out": ["post_attention_layernorm"] if norms else ["attn", "self_attn", "attention"]}
@@ -1313,11 +1314,11 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
     total, found = 0.0, {"batch": [], "theta": []}
     for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
         exact = x.double()
-        total = total + exact.sum(0)
+        total, square, std = total + exact.sum(0), exact.square().sum(1), exact.std(1)
         for selection, parts in found.items():
             x_hat, active, fired = reconstruct(sae, x, selection)
             error = (exact - x_hat).square().sum(1)
-            parts.append((error, exact.square().sum(1), exact.std(1), active, fired))
+            parts.append((error, square, std, active, fired))
     if not found["batch"]:
         raise InputError("there is nothing to evaluate: the batches hold no activations")
     result = {"tokens": sum(len(error) for error, *_ in found["batch"])}
