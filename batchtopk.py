@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import threading
 import time
@@ -47,6 +48,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
+
+def own_precision(function):
+    """Have a function compute in the precision of its tensors, also inside torch.autocast."""
+    return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
 # ==================== Part one: the method ====================
 # ---- 1. Configuration ----------------------------------------
@@ -69,7 +74,7 @@ class Config:
     normalize: str = option("scale", "fit steps to the size of x, or standardise tokens", "scale", "token")
     init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
     # Training
-    tokens: int = option(1_000_000, "length of the run in tokens", low=1)
+    tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", high=1)
@@ -96,17 +101,21 @@ class Config:
     dataset_config: str = option("", "configuration of a hub data set that has several")
     text_column: str = option("text", "column that holds the text")
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
+    prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
+    max_norm: float = option(10, "leave out tokens whose norm is over this multiple of the median; 0: none")
+    norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
     model_batch: int = option(32, "contexts in one forward pass of the model", low=1)
     buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
     eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
+    ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
 
     def __post_init__(self):
         check_config(self)
 
     def n_kept(self, rows: int) -> int:
         """N, the number of entries kept among `rows` tokens, at least 1."""
-        return max(1, int(self.k * rows))
+        return max(1, int(self.k * rows + 1e-6))  # 0.29 · 100 is 28.999… in binary
 
     # Presets and files: skip to section 2
 
@@ -127,7 +136,7 @@ class Config:
         if not path.is_file():
             raise Unavailable(f"{str(folder)!r} holds no run")
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**BEFORE | json.loads(path.read_text(encoding="utf-8")))
         except Exception as error:
             raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
@@ -157,6 +166,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
 class SAE(nn.Module):
     """A sparse autoencoder. `share` is for torchrun: which latents a process holds."""
 
+    @torch.inference_mode(False)  # weights made in inference mode could not be trained
     def __init__(self, config: Config, share: slice = slice(None)):
         super().__init__()
         self.config = config
@@ -172,6 +182,7 @@ class SAE(nn.Module):
         self.register_buffer("theta", torch.tensor(math.nan))  # θ, NaN until it has been estimated
         self.register_buffer("tokens_since_fired", torch.zeros(len(rows), dtype=torch.int64))
 
+    @own_precision
     def pre_activations(self, x: Tensor) -> Tensor:
         """Z = (x - b_dec) W_encᵀ + b_enc: [B, D] -> [B, F]."""
         return functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
@@ -210,6 +221,7 @@ class SAE(nn.Module):
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
         return f.view(*x.shape[:-1], f.shape[-1])
 
+    @own_precision
     def decode(self, f: Tensor) -> Tensor:
         """Latents f [..., F] to reconstructions [..., D]; for normalize="token", `restore` has to follow."""
         return f @ self.W_dec + self.b_dec
@@ -228,6 +240,7 @@ class SAE(nn.Module):
         return self.tokens_since_fired >= self.config.dead_tokens
 
     @torch.no_grad()
+    @own_precision
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
         """The active entries of encode: (row, latent) [2, m] int64, in order, and values [m] float32.
 
@@ -254,7 +267,7 @@ class SAE(nn.Module):
         config, path = Config.load(folder), Path(folder) / "sae.safetensors"
         if not path.is_file():
             raise Unavailable(f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`")
-        tensors = load_tensors(path, config.to_json())
+        tensors = load_tensors(path, Path(folder, "config.json").read_text(encoding="utf-8"))
         sae = cls(config)
         sae.load_state_dict(tensors)
         return sae.to(device)
@@ -330,13 +343,16 @@ def update_theta_(sae: SAE, smallest: float, n: int):
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     """Set θ to the mean, over held-out batches of config.batch_size tokens, of the smallest kept entry.
 
+    A shorter last batch is left out if there are others: its smallest kept entry says little of theirs.
     JumpReLU's thresholds are multiplied by a factor found in the same way, so that L0 becomes k and methods
     are compared at equal L0. InputError if no entry is positive.
     """
     if sae.config.activation == "jumprelu":
         return calibrate_jumprelu(sae, batches)
-    smallest = [processes.least(sae.encode_sparse(x, "batch")[1])
-                for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device)]
+    smallest = []
+    for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
+        if len(x) == sae.config.batch_size or not smallest:
+            smallest.append(processes.least(sae.encode_sparse(x, "batch")[1]))
     smallest = [value for value in smallest if value != math.inf]  # it is ∞ if nothing was positive
     theta = sum(smallest) / max(1, len(smallest))
     if not 0 < theta < math.inf:
@@ -367,6 +383,7 @@ class Trainer:
     unit of the loss, so it is enough to multiply those of the biases by x_std, the standard deviation of x.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = SAE(cfg, processes.share(cfg)).to(self.device)
@@ -395,10 +412,15 @@ class Trainer:
         if not math.isfinite(value):  # called before anything is changed
             raise InputError(f"loss {value} at token {self.tokens_seen}: x is not finite, or lr is too high")
 
+    @own_precision
+    @torch.inference_mode(False)  # what is on outside has no effect here
+    @torch.enable_grad()
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D]. InputError for anything else."""
         if x.ndim != 2 or not len(x):
             raise InputError(f"x has the shape {list(x.shape)}; give [B, {self.cfg.d_model}]")
+        if x.is_inference():
+            x = x.clone()  # autograd saves no other
         if not self.x_std:
             self.initialize_(x)
         sae, cfg, lr = self.sae, self.cfg, self.learning_rate()
@@ -541,6 +563,7 @@ def check_config(cfg: Config):
             raise InputError(message)
 
 LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
+BEFORE = dict(prepend_bos=False, max_norm=0.0)  # what files mean that were written before these fields
 PRESETS = {
     "tiny": dict(n_latents=4096),
     "gpt2-small": dict(LARGE, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
@@ -657,6 +680,7 @@ processes = Processes()
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
+BFLOAT16_ERROR = 0.01  # entries are nominated if their product may be too small by this share of it
 HINT = 0.95  # the search starts at this share of the last step's smallest kept entry
 
 @torch.no_grad()
@@ -675,14 +699,15 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
     chunk = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))
     scratch = torch.empty(chunk, n_rows, dtype=dtype, device=centred.device)
     threshold = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
-    slack = 0.99 if dtype == torch.bfloat16 else 1.0
+    slack = BFLOAT16_ERROR if dtype == torch.bfloat16 else 0.0
     index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
     start, size = 0, chunk if n is None or hint else min(chunk, 1 + 2 * n // n_rows)  # half of all exceed 0
     while start < n_latents:
         part = slice(start, min(start + size, n_latents))
         W, b, least = sae.W_enc[part], sae.b_enc[part].float(), threshold[part]
         z = torch.mm(W.to(dtype), columns, out=scratch[: len(W)])
-        found = nonzero_flat(~(z <= (slack * least - b)[:, None]))  # so that NaN is seen
+        least_product = least - b  # rounding errs by a share of the product, whatever the threshold is
+        found = nonzero_flat(~(z <= (least_product - slack * least_product.abs())[:, None]))  # NaN is seen
         latent = found // n_rows
         if dtype == torch.bfloat16:
             z = sampled_product(W.float(), centred, latent, found - latent * n_rows) + b[latent]
@@ -876,9 +901,11 @@ class LanguageModel:
     """A causal language model and the site in it that the SAE reads."""
 
     def __init__(self, model: str, layer: int = Config.layer, site: str = Config.site, module: str = "", *,
-                 dtype: str = "auto", device: str = "auto", skip_special: bool = True):
+                 dtype: str = "auto", device: str = "auto", skip_special: bool = True,
+                 norm_limit: float = 0.0):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         self.device, self.skip_special = resolve_device(device), skip_special
+        self.norm_limit, self.left_out = norm_limit, None  # train_runs sets both at the start of a run
         dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
         dtype, source = choose_dtype(dtype, self.device), str(TINY_GPT2) if model == "tiny-gpt2" else model
         local = os.path.isdir(source)  # then the hub is never asked
@@ -897,7 +924,7 @@ class LanguageModel:
     @classmethod
     def from_config(cls, cfg: Config) -> LanguageModel:
         lm = cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
-                 skip_special=cfg.skip_special)
+                 skip_special=cfg.skip_special, norm_limit=cfg.norm_limit)
         longest = getattr(lm.model.config, "max_position_embeddings", cfg.context)
         if cfg.context > longest:
             raise InputError(f"context is {cfg.context}; the model reads at most {longest} tokens")
@@ -921,20 +948,43 @@ class LanguageModel:
                 return h
         raise InputError("the module at this site returns no tensor [n, T, D]; choose another")
 
-    def kept_activations(self, ids: Tensor) -> Tensor:
-        """Float32 activations [m, D] where the SAE reads ids [n, T]; several processes share the contexts."""
+    def is_read(self, ids: Tensor, h: Tensor) -> Tensor:
+        """Where the SAE reads activations h [n, T, D] of ids [n, T]: bool [n, T], is_kept up to norm_limit.
+
+        In many models a few tokens, mostly near the beginning, have norms a hundred times as large as the
+        others' (Sun et al. 2024, "Massive activations"). They would take a batch's latents for themselves.
+        """
+        kept = self.is_kept(ids)
+        if self.norm_limit:
+            kept &= ~(h.float().norm(dim=-1) > self.norm_limit)  # a NaN is read, so that it is noticed
+        return kept
+
+    def kept_activations(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Float32 activations [m, D] that the SAE reads of ids [n, T], and where they are, bool [n, T].
+
+        Several processes share the contexts.
+        """
         h = torch.zeros(*ids.shape, self.d_model, device=self.device)
         mine, place = (t.tensor_split(processes.size)[processes.rank] for t in (ids, h))
         if len(mine):
             place.copy_(self.activations(mine))
-        return processes.sum_(h)[self.is_kept(ids)]
+        read = self.is_read(ids, processes.sum_(h))
+        return h[read], read
 
-    def logits(self, ids: Tensor, edit: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Logits [n, T, V] for ids [n, T]. `edit`, if given, replaces the kept activations [m, D]."""
-        kept = self.is_kept(ids)
-        return self.run(ids, lambda h: h.index_put((kept,), edit(h[kept]).to(h.dtype)) if edit else h)
+    def logits(self, ids: Tensor, edit: Callable[[Tensor], Tensor] | None = None,
+               where: Tensor | None = None) -> Tensor:
+        """Logits [n, T, V] for ids [n, T]. `edit`, if given, replaces the activations [m, D] at `where`.
+
+        where, bool [n, T], is by default what the SAE reads; all other positions stay as they are.
+        """
+        def change(h):
+            at = self.is_read(ids, h) if where is None else where
+            return h.index_put((at,), edit(h[at]).to(h.dtype))
+
+        return self.run(ids, change if edit else lambda h: h)
 
     @torch.no_grad()
+    @own_precision
     def run(self, ids, change):
         """Logits, with the site's tensor passed through `change`."""
         def hook(module, args, output):
@@ -975,65 +1025,119 @@ def library_texts():
     for digest, name in sorted(digests.items()):
         yield digest[0] < 26, (root / name).read_text(encoding="utf-8", errors="replace")
 
+TEXT_FILES = ".txt", ".md"
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
 def dataset_texts(cfg):
     """(held out?, text) of a local file, or of a hub data set, streamed. Every 20th is held out."""
-    from datasets import load_dataset
-    kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(Path(cfg.dataset).suffix)
-    options = {"data_files": cfg.dataset} if kind else {"name": cfg.dataset_config or None}
-    options |= {"sample_by": "paragraph"} if kind == "text" else {}
-    load = functools.partial(load_dataset, kind or cfg.dataset, split="train", streaming=True, **options)
+    suffix = Path(cfg.dataset).suffix.lower()
+    if Path(cfg.dataset).is_file() and suffix not in (*TEXT_FILES, *TABLES):
+        raise InputError(f"dataset {cfg.dataset!r} ends in {suffix!r}; files can end in: "
+                         f"{', '.join((*TEXT_FILES, *TABLES))}")
     with explained(f"dataset {cfg.dataset!r} could not be read; give another, or stdlib", Unavailable):
-        try:
-            rows = load()
-        except RuntimeError as error:  # it has a loading script; the hub keeps a parquet copy beside it
-            if "script" not in str(error):
-                raise
-            rows = load(revision="refs/convert/parquet")
-        for i, row in enumerate(rows):
-            if not isinstance(text := row.get(cfg.text_column), str):
-                raise InputError(f"row {i} of {cfg.dataset!r} has no text in column {cfg.text_column!r}; its "
-                                 f"columns are: {', '.join(row)}")
+        texts = file_texts(cfg.dataset) if suffix in TEXT_FILES else column_texts(cfg, TABLES.get(suffix))
+        for i, text in enumerate(texts):
             yield i % 20 == 19, text
 
-def pack(cfg, tokenizer, texts, n):
-    """The next documents as token ids [n or more, T], fewer at the end, and how many documents.
+def file_texts(path):
+    """The documents of a text file: what lies between lines of white space, or its lines if there is one."""
+    def is_blank(line):
+        return not line.strip()
 
-    Each document follows the tokenizer's begin token, if any. Nothing is padded; a rest is dropped.
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parts = (blank for blank, _ in itertools.groupby(file, is_blank) if not blank)
+            by_line = len(list(itertools.islice(parts, 2))) < 2
+            file.seek(0)
+            for blank, lines in itertools.groupby(file, is_blank):
+                if not blank:
+                    texts = lines if by_line else ["".join(lines)]
+                    yield from (text.rstrip("\n") for text in texts)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(path)!r} is not in UTF-8 ({error.reason} at byte {error.start}); convert it, "
+                         "for instance with: iconv -f latin1 -t utf-8") from None
+
+def column_texts(cfg, kind):
+    """The texts in a column of a local table of that kind, or of a hub data set."""
+    from datasets import load_dataset
+    options = {"data_files": cfg.dataset} if kind else {"name": cfg.dataset_config or None}
+    load = functools.partial(load_dataset, kind or cfg.dataset, split="train", streaming=True, **options)
+    try:
+        rows = load()
+    except RuntimeError as error:  # it has a loading script; the hub keeps a parquet copy beside it
+        if "script" not in str(error):
+            raise
+        rows = load(revision="refs/convert/parquet")
+    for i, row in enumerate(rows):
+        if not isinstance(text := row.get(cfg.text_column), str):
+            raise InputError(f"row {i} of {cfg.dataset!r} has no text in column {cfg.text_column!r}; its "
+                             f"columns are: {', '.join(row)}")
+        yield text
+
+def tokenise(tokenizer, texts):
+    """The token ids of each text, without special tokens around it."""
+    while group := list(itertools.islice(texts, 16)):
+        yield from tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+
+def begin_token(tokenizer) -> list[int]:
+    """What a model sees before a text: its begin token, else its end token, else nothing."""
+    return [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
+
+def pack(cfg, tokenizer, documents, n):
+    """Documents as token ids [n or more, T], fewer at the end, and how many were used.
+
+    Each document follows the begin token, if there is one, and so does each part of one that a context
+    begins with: models are used with this token in front, and many malfunction without it. Nothing is
+    padded; a rest is dropped.
     """
-    begin = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
-    ids, n_documents = array("q"), 0  # torch.cat here would start a second pool of threads: half the speed
-    while len(ids) < n * cfg.context and (group := list(itertools.islice(texts, 16))):
-        for document in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
-            ids.extend(begin + document)
-        n_documents += len(group)
+    begin, ids, n_documents = begin_token(tokenizer), array("q"), 0
+    for document in documents:  # array: torch.cat here would start a second pool of threads, half the speed
+        used, document = 0, begin + document
+        while used < len(document):
+            if used and cfg.prepend_bos and len(ids) % cfg.context == 0:
+                ids.extend(begin)
+            part = document[used : used + cfg.context - len(ids) % cfg.context]
+            ids.extend(part)
+            used += len(part)
+        n_documents += 1
+        if len(ids) >= n * cfg.context:
+            break
     if len(ids) < min(n, 2) * cfg.context:
-        raise InputError(f"dataset {cfg.dataset!r} has too little text in column {cfg.text_column!r}; give "
-                         "more documents, of which every 20th is held out")
+        raise InputError(too_little_text(cfg))
     return torch.frombuffer(ids, dtype=torch.int64).unfold(0, cfg.context, cfg.context), n_documents
+
+def too_little_text(cfg):
+    """What to say of a data set that does not fill two contexts."""
+    found = sum(1 for split in ("train", "held-out") for _ in documents(cfg, split))
+    is_text = Path(cfg.dataset).suffix.lower() in TEXT_FILES
+    rule = ", divided by lines of white space (without any each line is one)" if is_text else ""
+    where = "" if is_text else f" in column {cfg.text_column!r}"
+    return (f"dataset {cfg.dataset!r} has too little text{where}: {found} documents{rule}; every 20th is held "
+            "out; give more or longer ones")
 
 class Position(NamedTuple):
     """Where training stands in the text."""
     documents: int = 0  # read before the current chunk of contexts
     contexts: int = 0  # used of this chunk before the current buffer of activations
     batches: int = 0  # used of this buffer
+    tokens: int = 0  # used before this buffer
 
 TEXT_SHUFFLE = 8192  # contexts, because a few long documents could fill the buffer of activations
 
 def contexts(cfg, tokenizer, at=Position()):
-    """Training text without end: blocks [model_batch, T] of token ids, each with the Position after it."""
+    """Training text without end: contexts [T] of token ids, each with the Position after it."""
     n, left = min(TEXT_SHUFFLE, -(-cfg.tokens // cfg.context)), threading.Event()
     texts = itertools.islice(repeat(lambda: documents(cfg, "train")), at.documents, None)
-    texts = itertools.takewhile(lambda text: not left.is_set(), texts)
+    texts = tokenise(tokenizer, itertools.takewhile(lambda text: not left.is_set(), texts))
     with ThreadPoolExecutor(1) as thread:
-        tokenise = functools.partial(thread.submit, pack, cfg, tokenizer, texts, n)
-        ahead = tokenise()
+        pack_next = functools.partial(thread.submit, pack, cfg, tokenizer, texts, n)
+        ahead = pack_next()
         try:
             while True:
-                (chunk, n_documents), ahead = ahead.result(), tokenise()
+                (chunk, n_documents), ahead = ahead.result(), pack_next()
                 chunk = chunk[random_order(len(chunk), cfg.seed, at.documents)]
-                for used in range(at.contexts, len(chunk), cfg.model_batch):
-                    block = chunk[used : used + cfg.model_batch]
-                    yield block, Position(at.documents, used + len(block))
+                for used in range(at.contexts, len(chunk)):
+                    yield chunk[used], Position(at.documents, used + 1)
                 at = Position(at.documents + n_documents)
         finally:
             left.set()  # else the thread would finish its chunk before a process can end
@@ -1044,31 +1148,86 @@ def random_order(n, *seeds):
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))
 
 def activation_batches(cfg, lm, at=Position()):
-    """Training activations without end: batches [batch_size, D], each with the Position after it."""
-    blocks, wanted = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
-    room = wanted + cfg.model_batch * cfg.context
-    buffer = torch.empty(room, lm.d_model, dtype=lm.model.dtype, device=lm.device)
-    while True:  # fill the buffer, then serve its rows in a random order
-        start, n = at, 0
-        while n < wanted:
-            block, at = next(blocks)
-            x = lm.kept_activations(block)
-            buffer[n : n + len(x)] = x
-            n += len(x)
-        rows = random_order(n, cfg.seed, start.documents, start.contexts).split(cfg.batch_size)
-        for i in range(start.batches, n // cfg.batch_size):
+    """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it."""
+    stream, most = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
+    size = min(most, cfg.tokens) + cfg.context
+    buffer = torch.empty(size, lm.d_model, dtype=lm.model.dtype, device=lm.device)
+    while at.tokens < cfg.tokens:  # fill the buffer, then serve its rows in a random order
+        start, n, left = at, 0, cfg.tokens - at.tokens
+        while n < min(most, left):  # no activation is computed that no step will use
+            few = min(cfg.model_batch, math.ceil((min(most, left) - n) / cfg.context))
+            ids, positions = zip(*itertools.islice(stream, few))
+            x, _ = lm.kept_activations(torch.stack(ids))
+            buffer[n : n + len(x)], n, at = x, n + len(x), positions[-1]
+        used = left if n >= left else n - n % cfg.batch_size
+        rows = random_order(n, cfg.seed, start.documents, start.contexts)[:used].split(cfg.batch_size)
+        for i in range(start.batches, len(rows)):
             yield buffer[rows[i].to(lm.device)], start._replace(batches=i + 1)
+        at = at._replace(tokens=start.tokens + used)
+
+HELD_OUT_SHARE = 0.02  # of the held-out tokens come from one document, if there are enough documents
+READ_AHEAD = 1_000_000  # more tokens than are used are read at most, to find enough documents
 
 def held_out_contexts(cfg, tokenizer):
-    """Token ids [n, T] of held-out text, some to calibrate θ on and some to evaluate on, alternately."""
-    n = 2 * math.ceil(cfg.eval_tokens / (cfg.context - 1))
-    ids, _ = pack(cfg, tokenizer, documents(cfg, "held-out"), n)
-    return ids[:n:2], ids[1:n:2]
+    """Token ids [n, T] of held-out text to calibrate θ on, and as many of other documents to evaluate on.
+
+    No document gives more than its share, a passage from a random place in it: one long document would
+    otherwise be most of the text.
+    """
+    n = math.ceil(cfg.eval_tokens / (cfg.context - 1))
+    wanted, most = n * (cfg.context - 1), max(cfg.context - 1, int(HELD_OUT_SHARE * cfg.eval_tokens))
+    found, enough, read = [], [0, 0], 0
+    for i, document in enumerate(tokenise(tokenizer, documents(cfg, "held-out"))):
+        found.append(document)
+        enough[i % 2] += min(len(document), most)
+        read += len(document)
+        if min(enough) >= wanted or read > 2 * wanted + READ_AHEAD:
+            break
+    if len(found) == 1:
+        [document] = found
+        found = [document[: len(document) // 2], document[len(document) // 2 :]]
+    halves = found[::2], found[1::2]
+    return [pack(cfg, tokenizer, passages(half, most, wanted), n)[0][:n] for half in halves]
+
+def passages(documents, most, wanted):
+    """A passage of each document, of at most so many tokens, or of more if all are fewer than wanted."""
+    left, share = wanted, 0
+    for i, length in enumerate(sorted(map(len, documents))):
+        share = math.ceil(left / (len(documents) - i))  # of those that are longer
+        if share <= length:
+            break
+        left -= length
+    most, place = max(most, share), random.Random(0)
+    for document in documents:
+        start = place.randrange(1 + max(0, len(document) - most))
+        yield document[start : start + most]
 
 def shuffled_activations(lm, ids, model_batch):
-    """The kept activations [m, D] of ids [n, T], float32, in a random order that is always the same."""
-    x = torch.cat([lm.kept_activations(part) for part in ids.split(model_batch)]).float()
+    """The activations [m, D] that the SAE reads of ids [n, T], in a random order that is always the same."""
+    x = torch.cat([lm.kept_activations(part)[0] for part in ids.split(model_batch)])
     return x[random_order(len(x), 0).to(x.device)]
+
+class LeftOut(NamedTuple):
+    """What a limit on norms leaves out of activations."""
+    norm_limit: float
+    tokens: float  # share of the tokens
+    variance: float  # share of the variance of all
+
+def outliers(x: Tensor, max_norm: float) -> LeftOut:
+    """The limit of norms for a run whose first activations are x [n, D]: max_norm times their median.
+
+    Warns if, even so, under 1 % of the tokens that are kept hold over half of their variance.
+    """
+    norm = x.norm(dim=1)
+    limit = max_norm * float(norm.median())
+    distance = (x - x.mean(0)).square().sum(1).double()
+    out = norm > limit
+    kept = (x[~out] - x[~out].mean(0)).square().sum(1).double()
+    largest = kept.topk(len(kept) // 100).values
+    if largest.sum() > kept.sum() / 2:
+        warnings.warn(f"{float(largest.sum() / kept.sum()):.0%} of the variance is that of 1 % of the tokens; "
+                      "the SAE will mostly learn these; a lower max_norm leaves them out")
+    return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
 
 # ---- 9. Runs ------------------------------------------------
 
@@ -1077,7 +1236,8 @@ OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", 
        "decay", "aux_k", "aux_coef", "dead_tokens", "step", "encoder_dtype", "seed")
 
 def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.PathLike, resume: bool = False,
-               on_step: Callable[[int, list[StepStats]], bool | None] | None = None) -> list[dict]:
+               on_step: Callable[[int, list[StepStats]], bool | None] | None = None,
+               on_context: Callable[[int, int], None] | None = None) -> list[dict]:
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
 
     An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
@@ -1085,8 +1245,8 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     hold what resume=True continues from, on a CPU bit for bit.
     Args: configs by name, which may differ in the fields of OWN; on_step, called after each of the largest
         batches with the tokens seen and each SAE's last statistics; if it returns True, the run is saved and
-        ends in a KeyboardInterrupt.
-    Returns: evaluate_run's results, with "dead" (share of latents at the end) and "step_seconds" added.
+        ends in a KeyboardInterrupt; on_context, for evaluate_runs.
+    Returns: evaluate_runs' results, with "dead" (share of latents at the end) and "step_seconds" added.
     Raises: InputError if they cannot share a stream or memory; Unavailable for a folder in use or a run that
         is finished; OSError for a file that cannot be written.
     """
@@ -1094,21 +1254,33 @@ def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.P
     check_run_folder(folder, resume)
     with locked(folder):
         check_room(configs, folder)
-        trainers = {name: Trainer(own) for name, own in configs.items()}
         held_out = held_out_contexts(cfg, lm.tokenizer)
-        calibration, evaluation = (shuffled_activations(lm, ids, cfg.model_batch) for ids in held_out)
+        begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
+        lm.norm_limit, lm.left_out = (Config.load(begun[0]) if begun else cfg).norm_limit, None
+        calibration = shuffled_activations(lm, held_out[0], cfg.model_batch)
+        if cfg.max_norm and not lm.norm_limit and len(calibration):
+            lm.left_out = outliers(calibration, cfg.max_norm)
+            lm.norm_limit = lm.left_out.norm_limit
+            calibration = calibration[calibration.norm(dim=1) <= lm.norm_limit]
+        prepend_bos = cfg.prepend_bos and bool(begin_token(lm.tokenizer))
+        found = dict(norm_limit=lm.norm_limit, prepend_bos=prepend_bos)
+        configs = {name: dataclasses.replace(own, **found) for name, own in configs.items()}
+        cfg = dataclasses.replace(cfg, **found)
+        evaluation = shuffled_activations(lm, held_out[1], cfg.model_batch)
         if not len(calibration) or not len(evaluation):
             raise InputError("no held-out token is read: too little text, or only special tokens")
+        trainers = {name: Trainer(own) for name, own in configs.items()}
         train_trainers(trainers, cfg, lm, folder, evaluation[:4096], on_step)
-        results = []
         for name, trainer in trainers.items():
             calibrate(trainer.sae, [calibration])
             trainer.sae.save(folder / name)
-            result = evaluate_run(trainer.sae, lm, folder / name, (held_out[1], evaluation))
+        saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
+        results = evaluate_runs(saes, lm, (held_out[1], evaluation), on_context)
+        for (name, trainer), result in zip(trainers.items(), results):
             dead = processes.total(int(trainer.sae.is_dead().sum())) / trainer.cfg.n_latents
-            results.append({**result, "step_seconds": trainer.seconds, "dead": dead})
+            result |= {"step_seconds": trainer.seconds, "dead": dead}
             if processes.rank == 0:
-                write_atomically(folder / name / "evaluation.json", json.dumps(results[-1]).encode())
+                write_atomically(folder / name / "evaluation.json", json.dumps(result).encode())
         for state in state_files(folder) if processes.rank == 0 else ():
             state.unlink()
     return results
@@ -1278,7 +1450,7 @@ def save_tensors(path, tensors, config):
 def load_tensors(path, config):
     """Read such a file. InputError if anything in it, or its configuration, was changed."""
     from safetensors import safe_open
-    with explained(f"{str(path)!r} is damaged, or does not belong to its config.json"):
+    with explained(f"{str(path)!r} is damaged, is of another version, or does not belong to its config.json"):
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             if file.metadata()["sha256"] != checksum(tensors, config):
@@ -1307,7 +1479,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         frac_alive, feature_density: share of latents that fired; [F] share of tokens on which each did
     and with token ids [n, T], in nats per token, ce_clean: the model as it is; ce_sae: reconstruction spliced
     in; ce_zero, ce_mean: zeros, the mean instead; ce_degradation = ce_sae - ce_clean; ce_recovered =
-    (ce_zero - ce_sae) / (ce_zero - ce_clean); kl: divergence from the clean prediction.
+    (ce_zero - ce_sae) / (ce_zero - ce_clean); kl: divergence from the clean prediction. Positions that the
+    SAE does not read keep their own activation in all of these; frac_unread is their share.
     Raises: Unavailable if θ was never estimated; InputError if batches are empty.
     """
     sae = sae if sae.W_dec.dtype == torch.float32 else copy.deepcopy(sae).float()
@@ -1323,7 +1496,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         raise InputError("there is nothing to evaluate: the batches hold no activations")
     result = {"tokens": sum(len(error) for error, *_ in found["batch"])}
     mean = total / result["tokens"]
-    losses = splice_losses(sae, lm, contexts, mean.float()) if lm else {"batch": {}, "theta": {}}
+    [losses] = splice_losses([sae], lm, contexts, mean.float()) if lm else [{"batch": {}, "theta": {}}]
     for selection, parts in found.items():
         *parts, fired = zip(*parts)
         error, square, std, active = map(torch.cat, parts)  # [n] each
@@ -1346,41 +1519,83 @@ def reconstruct(sae, x, selection):
     active = processes.sum_(torch.bincount(row, minlength=len(x)))
     return sae.restore(x_hat + sae.b_dec, x), active, torch.bincount(latent, minlength=len(sae.b_enc))
 
-def splice_losses(sae, lm, contexts, mean):
-    """The cross-entropy metrics of evaluate, over contexts [n, T]; mean [D] is the mean activation."""
-    # The SAE reads a batch at a time, the model a few contexts: a batch's logits would take many gigabytes.
-    few = max(1, (1 << 25) // (contexts.shape[1] * lm.model.get_output_embeddings().weight.shape[0]))
-    sums, n_tokens = torch.zeros(5, 2), 0  # cross-entropy and divergence after each edit
-    for ids in contexts.to(lm.device).split(max(1, sae.config.batch_size // contexts.shape[1])):
-        x, parts = lm.kept_activations(ids).float(), ids.split(few)
-        sizes = [int(lm.is_kept(part).sum()) for part in parts]
-        x_hats = [reconstruct(sae, x, selection)[0].split(sizes) for selection in ("batch", "theta")]
-        for part, batch, theta in zip(parts, *x_hats):
-            edits = None, torch.zeros_like, mean.expand_as, lambda h: batch, lambda h: theta
-            targets = part[:, 1:].flatten()
-            n_tokens += len(targets)
-            for i, edit in enumerate(edits):
-                spliced = lm.logits(part, edit)[:, :-1].flatten(0, 1).float().log_softmax(-1)
-                clean = spliced if edit is None else clean
-                loss = functional.nll_loss(spliced, targets, reduction="sum")
-                kl = functional.kl_div(spliced, clean, reduction="sum", log_target=True)
-                sums[i] += torch.stack([loss, kl]).cpu()
-    (clean, _), (zero, _), (mean, _), *spliced = (sums / n_tokens).tolist()
-    return {selection: {"ce_clean": clean, "ce_sae": ce, "ce_zero": zero, "ce_mean": mean, "kl": kl,
-                        "ce_degradation": ce - clean,
-                        "ce_recovered": (zero - ce) / (zero - clean or math.nan)}
-            for selection, (ce, kl) in zip(("batch", "theta"), spliced)}
+@torch.no_grad()
+def splice_losses(saes, lm, contexts, mean, on_context=None):
+    """The cross-entropy metrics of evaluate, of each SAE, over contexts [n, T]; mean [D] of the activations.
 
-def evaluate_run(sae: SAE, lm: LanguageModel, folder: str | os.PathLike,
-                 held_out: tuple[Tensor, Tensor] | None = None) -> dict:
-    """JSON-ready: evaluate a run on held-out text of its data set, or on (token ids, activations)."""
-    cfg, started = sae.config, time.perf_counter()
+    The SAEs read a batch at a time, the model a few contexts: a batch's logits would take many gigabytes.
+    What does not depend on the SAE is computed once for all of them.
+    """
+    few = max(1, (1 << 25) // (contexts.shape[1] * lm.model.get_output_embeddings().weight.shape[0]))
+    forms = [(sae, form) for sae in saes for form in SELECTIONS[sae.config.activation != "batchtopk":]]
+    batch_size, edits = max(sae.config.batch_size for sae in saes), [torch.zeros_like, mean.expand_as]
+    sums, n_read, n_done = 0.0, 0, 0
+    for ids in contexts.to(lm.device).split(max(1, batch_size // contexts.shape[1])):
+        x, read = lm.kept_activations(ids)
+        n_read += len(x)
+        parts, places = ids.split(few), read.split(few)
+        sizes = [int(at.sum()) for at in places]
+        x_hats = [reconstruct_all(sae, x, form).split(sizes) for sae, form in forms]
+        for part, at, *spliced in zip(parts, places, *x_hats):
+            spliced = [lambda h, x_hat=x_hat: x_hat for x_hat in spliced]
+            sums = sums + edited_losses(lm, part, at, [*edits, *spliced])
+            n_done += len(part)
+            if on_context:
+                on_context(n_done, len(contexts))
+    (clean, _), (zero, _), (mean_ce, _), *spliced = (sums / (contexts.numel() - len(contexts))).tolist()
+    losses = [{} for _ in saes]
+    for (sae, form), (ce, kl) in zip(forms, spliced):
+        losses[saes.index(sae)][form] = {
+            "ce_clean": clean, "ce_sae": ce, "ce_zero": zero, "ce_mean": mean_ce, "kl": kl,
+            "ce_degradation": ce - clean, "ce_recovered": (zero - ce) / (zero - clean or math.nan),
+            "frac_unread": 1 - n_read / contexts.numel()}
+    return [{form: found.get(form, found["theta"]) for form in SELECTIONS} for found in losses]
+
+SELECTIONS = "batch", "theta"
+
+def reconstruct_all(sae, x, selection):
+    """reconstruct of x [n, D] of any n, in equal parts of at most a batch."""
+    parts = x.chunk(max(1, math.ceil(len(x) / sae.config.batch_size)))
+    return torch.cat([reconstruct(sae, part, selection)[0] for part in parts])
+
+def edited_losses(lm, ids, where, edits):
+    """[1 + edits, 2] float64: cross-entropy and divergence from the clean prediction, summed over ids [n, T].
+
+    First of the model as it is, then after each edit of the activations `where` the SAE reads them.
+    """
+    targets, found = ids[:, 1:].flatten(), []
+    for edit in (None, *edits):
+        log_p = lm.logits(ids, edit, where)[:, :-1].flatten(0, 1).float().log_softmax(-1)
+        if edit is None:
+            clean, entropy = log_p.exp(), -torch.linalg.vecdot(log_p.exp(), log_p)
+        kl = -torch.linalg.vecdot(clean, log_p) - entropy
+        loss = functional.nll_loss(log_p, targets, reduction="none")
+        found.append(torch.stack([loss.double().sum(), kl.double().sum()]))
+    return torch.stack(found).cpu()
+
+def evaluate_runs(saes: dict[str | os.PathLike, SAE], lm: LanguageModel,
+                  held_out: tuple[Tensor, Tensor] | None = None,
+                  on_context: Callable[[int, int], None] | None = None) -> list[dict]:
+    """JSON-ready: evaluate SAEs of one model and text, by folder, on its held-out text.
+
+    Args: held_out, token ids [n, T] and their activations, if they are at hand; on_context, called as
+        cross-entropy is measured with the number of contexts that are done and are to be done.
+    """
+    cfg, started = next(iter(saes.values())).config, time.perf_counter()
     ids, x = held_out or (held_out_contexts(cfg, lm.tokenizer)[1], None)
     x = shuffled_activations(lm, ids, cfg.model_batch) if x is None else x
-    metrics = to_json_values(evaluate(sae, [x], lm, ids[::4]))
-    theta = processes.gather(sae.threshold().detach())
-    return {"run": str(folder), "tokens": cfg.tokens, "seconds": round(time.perf_counter() - started, 2),
-            "k": cfg.k, "theta_value": float(theta.mean()), "eval_tokens": metrics.pop("tokens"), **metrics}
+    few = ids[:: math.ceil(len(ids) / cfg.ce_contexts)]
+    losses = splice_losses(list(saes.values()), lm, few, x.double().mean(0).float(), on_context)
+    left_out, results = 1 - len(x) / int(lm.is_kept(ids).sum()), []
+    for (folder, sae), both in zip(saes.items(), losses):
+        metrics = to_json_values(evaluate(sae, [x]))
+        for selection in SELECTIONS:
+            metrics[selection] |= to_json_values(both[selection])
+        results.append({"run": str(folder), "tokens": sae.config.tokens, "k": sae.config.k,
+                        "theta_value": float(processes.gather(sae.threshold().detach()).mean()),
+                        "left_out": left_out, "eval_tokens": metrics.pop("tokens"), **metrics})
+    seconds = round(time.perf_counter() - started, 2)
+    return [{**result, "seconds": seconds} for result in results]
 
 def to_json_values(metrics):
     """Metrics without tensors (the densities of single latents), and None for what is no finite number."""
@@ -1403,19 +1618,28 @@ class ExportedSAE(nn.Module):
         self.theta = sae.threshold().detach().cpu()  # no buffer, so that half() leaves it in float32
         self.k = int(sae.config.k) if sae.config.activation == "topk" else 0
         self.per_token: bool = sae.config.normalize == "token"
+        self.norm_limit: float = sae.config.norm_limit or math.inf
 
     def _encode(self, x):
         """z [..., F] and where it is inactive. A NaN is active, so that it can be seen."""
-        fits = x.dim() > 0 and x.shape[-1] == self.b_dec.shape[0] and x.is_floating_point()
-        assert fits, f"x is {x.dtype} of shape {x.shape}; give floats [..., {self.b_dec.shape[0]}]"
+        assert x.is_floating_point(), "x holds no floating-point numbers"
+        fits = x.dim() > 0 and x.shape[-1] == self.b_dec.shape[0]
+        assert fits, f"x has the shape {x.shape}; give floats [..., {self.b_dec.shape[0]}]"
         x = standardize(x.float(), self.per_token)[0].to(self.W_enc.dtype)
-        z = functional.linear(x - self.b_dec, self.W_enc, self.b_enc).float()
+        z = functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
+        assert z.dtype == self.W_enc.dtype, "torch.autocast would change which latents fire; turn it off"
+        z = z.float()
         return z, row_topk(z, self.k) == 0 if self.k else z <= self.theta.to(z.device)
 
     def forward(self, x):
         """x [..., D] to latents f [..., F]."""
         z, inactive = self._encode(x)
         return z.masked_fill_(inactive, 0.0)
+
+    @torch.jit.export
+    def seen(self, x):
+        """Whether x [..., D] is of a size that the SAE was trained on: bool [...]; NaN is not."""
+        return x.float().norm(2, -1) <= self.norm_limit
 
     @torch.jit.export
     def encode_sparse(self, x):
@@ -1435,11 +1659,16 @@ class ExportedSAE(nn.Module):
     @torch.jit.export
     def decode(self, f):
         """Latents f [..., F] to reconstructions [..., D]; for normalize="token" in standardised units."""
-        return (f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec).float()
+        x_hat = f.to(self.W_dec.dtype) @ self.W_dec
+        assert x_hat.dtype == self.W_dec.dtype, "torch.autocast would round; turn it off"
+        return (x_hat + self.b_dec).float()
 
     @torch.jit.export
     def decode_sparse(self, indices, values, n_rows: int):
         """The same from encode_sparse's result, whose rows ascend, to [n_rows, D]."""
+        rows = indices[0]
+        assert bool((rows[1:] >= rows[:-1]).all()), "the rows in indices[0] do not ascend"
+        assert rows.numel() == 0 or 0 <= int(rows[0]) and int(rows[-1]) < n_rows, "a row is not below n_rows"
         starts = group_starts(indices[0], n_rows)
         return (sum_rows(self.W_dec, indices[1], values.to(self.W_dec.dtype), starts) + self.b_dec).float()
 
@@ -1484,8 +1713,9 @@ def saelens_files(sae, *_):
     tensors |= {} if topk else {"threshold": sae.threshold().expand(cfg.n_latents)}
     metadata = dict(sae_lens_version="6.0.0", model_name=cfg.model, hf_hook_name=cfg.module or None,
                     hook_name=None if cfg.module else f"blocks.{cfg.layer}.hook_{cfg.site}",
-                    context_size=cfg.context, prepend_bos=False, dataset_path=cfg.dataset,
-                    model_from_pretrained_kwargs={}, training_architecture=cfg.activation)
+                    context_size=cfg.context, prepend_bos=cfg.prepend_bos, dataset_path=cfg.dataset,
+                    model_from_pretrained_kwargs={}, training_architecture=cfg.activation,
+                    norm_limit=cfg.norm_limit or None)
     described = dict({"architecture": "topk", "k": int(cfg.k)} if topk else {"architecture": "jumprelu"},
                      d_in=cfg.d_model, d_sae=cfg.n_latents, dtype="float32", device="cpu",
                      apply_b_dec_to_input=True, reshape_activations="none", metadata=metadata,
@@ -1505,7 +1735,8 @@ def dictionary_learning_files(sae, *_):
     trainer = dict(trainer_class="TopKTrainer" if topk else "BatchTopKTrainer", k=int(cfg.k), layer=cfg.layer,
                    dict_class="AutoEncoderTopK" if topk else "BatchTopKSAE", activation_dim=cfg.d_model,
                    dict_size=cfg.n_latents, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
-    described = {"trainer": trainer, "buffer": {"ctx_len": cfg.context}}
+    read = {"ctx_len": cfg.context, "norm_limit": cfg.norm_limit or None}
+    described = {"trainer": trainer, "buffer": read}
     return {"config.json": json.dumps(described, indent=2).encode(), "ae.pt": file.getvalue()}, {}
 
 FORMATS = {"torchscript": torchscript_files, "saelens": saelens_files,

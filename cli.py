@@ -141,12 +141,31 @@ def train(
         folder = free_folder(out_folder, preset)
     start = f"torchrun --nproc-per-node {bt.processes.size}" if several else "python"
     again = f"{start} cli.py train --resume {folder}"
+    finished = bool(resume) and is_finished([folder])
     [result] = train_with_bar({"": cfg}, folder, again, bool(resume), expansion)
     show_metrics(result, as_json)
     if several:
         torch.distributed.destroy_process_group()
     if not as_json:
-        tell(f"\nSaved in {folder}. Next: python cli.py export {folder}")
+        said = "Was finished; it lies" if finished else "Saved"
+        tell(f"\n{said} in {folder}. Next: python cli.py export {folder}")
+
+def is_finished(runs):
+    """Whether these folders hold evaluated runs."""
+    return all((run / "evaluation.json").is_file() for run in runs)
+
+def now_and_then(show):
+    """A function of a text that shows it as progress, or prints one a minute where stderr is no terminal."""
+    last = time.monotonic()
+
+    def progress(text):
+        nonlocal last
+        show(text)
+        if not err.is_terminal and time.monotonic() - last > 60:
+            last = time.monotonic()
+            err.out(text)
+
+    return progress
 
 def train_with_bar(configs, folder, again, resume, expansion=None):
     """Load the language model and train SAEs on it, unless that is done; the command `again` continues it.
@@ -154,8 +173,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
     Ctrl-C or SIGTERM ends it after a step, so that the saved state is whole; a second one at once.
     """
     runs = [folder / name for name in configs]
-    done = all((run / "evaluation.json").is_file() for run in runs)
-    if resume and done and not bt.saved_states(folder):
+    if resume and is_finished(runs) and not bt.saved_states(folder):
         return [read_evaluation(run) for run in runs]
     if RANK == 0:
         bt.check_run_folder(folder, resume)
@@ -164,6 +182,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
                         console=err, transient=True, disable=not err.is_terminal)
     progress.add_task("loading the model and text", total=None)
     [task] = progress.tasks
+    report = now_and_then(lambda text: progress.update(task.id, description=text))
 
     def stop(number, frame):
         nonlocal stopped
@@ -177,12 +196,16 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         begins = task.total is None
         now = bt.StepStats(*map(mean, zip(*stats)))
         shown = f"{task.speed or 0:,.0f} tokens/s  fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
-        progress.update(task.id, total=cfg.tokens, completed=tokens, description=shown)
+        progress.update(task.id, total=cfg.tokens, completed=tokens)
+        report(shown if err.is_terminal else f"{tokens:,} of {cfg.tokens:,} tokens  {shown}")
         if begins:
             what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g}"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
-            tell(f"{what}, on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}", err)
+            tell(f"{what}, on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}{left_out(lm)}", err)
         return bool(stopped)
+
+    def on_context(done, total):
+        report(f"cross-entropy: {done} of {total} contexts")
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -191,7 +214,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
             sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
             configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
             [cfg, *_] = configs.values()
-            return bt.train_runs(configs, lm, folder, resume, on_step)
+            return bt.train_runs(configs, lm, folder, resume, on_step, on_context)
     except (KeyboardInterrupt, SystemExit):
         said = "saved" if bt.saved_states(folder) else "stopped"
         err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
@@ -206,10 +229,18 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing came of it
 
+def left_out(lm):
+    """What a new run leaves out because of its norm, as the end of a sentence."""
+    if not lm.left_out:
+        return ""
+    limit, tokens, variance = lm.left_out
+    return (f"; {tokens:.2%} of the tokens are left out, with {variance:.1%} of the variance: their norms are "
+            f"over {limit:.4g}")
+
 def read_evaluation(run):
     """What train_runs found of a run."""
     path = run / "evaluation.json"
-    with bt.explained(f"{str(path)!r} is damaged; `eval` measures the run again"):
+    with bt.explained(f"{str(path)!r} is damaged or of another version; `eval` measures the run again"):
         result = json.loads(path.read_text())
         sum(result[name] for name in ("tokens", "k", "theta_value", "eval_tokens", "dead", "step_seconds"))
         sum(result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS)
@@ -225,10 +256,19 @@ def free_folder(parent, name):
             return folder
 
 @app.command("eval", epilog="Example: python cli.py eval runs/tiny --json")
-def evaluate(run: Run, device: Device = bt.Config.device, as_json: Json = False):
+def evaluate(
+    run: Run,
+    ce_contexts: Annotated[int | None, Option(help="Contexts for cross-entropy [default: the run's].", min=1)] = None,
+    device: Device = bt.Config.device,
+    as_json: Json = False,
+):
     """Evaluate a run on held-out text: batch selection and θ side by side."""
-    with err.status("evaluating"):
-        result = bt.evaluate_run(*load(run, device), run)
+    with err.status("evaluating") as status:
+        sae, lm = load(run, device)
+        sae.config = replace(sae.config, ce_contexts=ce_contexts or sae.config.ce_contexts)
+        report = now_and_then(status.update)
+        [result] = bt.evaluate_runs({run: sae}, lm, on_context=lambda done, total: report(
+            f"cross-entropy: {done} of {total} contexts"))
     show_metrics(result, as_json)
 
 def load(run, device):
@@ -245,13 +285,15 @@ MEANINGS = {
     "ce_sae": "… reconstruction spliced in", "ce_zero": "… zeros instead",
     "ce_mean": "… the mean activation instead", "ce_degradation": "ce_sae - ce_clean",
     "ce_recovered": "1 is the untouched model, 0 is zeros", "kl": "from the untouched model",
+    "frac_unread": "share of positions that the SAE does not read: untouched in all of these",
 }
 
 def show_metrics(result, as_json):
     """An evaluation as a table, or as JSON."""
     if as_json:
         return out.out(json.dumps(result))
-    tell("{run}: {tokens:,} tokens of training, {eval_tokens:,} held out".format(**result))
+    tell("{run}: {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
+         "their norm".format(**result))
     table = Table("metric", "batch", f"θ = {result['theta_value']:.4g}", "meaning")
     for name, meaning in MEANINGS.items():
         both = (result[selection][name] for selection in ("batch", "theta"))
@@ -317,13 +359,13 @@ def latents(
     with err.status("reading held-out text"):
         sae, lm = load(run, device)
         contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
-        described = describe_latents(sae, lm, contexts, numbers, count, top)
-    n_tokens = int(lm.is_kept(contexts).sum())
+        found = describe_latents(sae, lm, contexts, numbers, count, top)
+    described, n_tokens = found["latents"], found["tokens"]
     about = f"{len(described)} of {len(sae.b_enc)} latents of {run} on {n_tokens:,} held-out tokens."
     if html:
         html.write_text(latents_page(about, described), encoding="utf-8")
     if as_json:
-        print(json.dumps({"run": str(run), "tokens": n_tokens, "latents": described}))
+        print(json.dumps({"run": str(run), **found}))
     elif html:
         tell(f"Wrote {html} ({html.stat().st_size / 1e3:.0f} kB): {about}")
     else:
@@ -341,9 +383,9 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
     F, T = len(sae.b_enc), contexts.shape[1]
     if wrong := [j for j in latents or () if not 0 <= j < F]:
         raise bt.InputError(f"latent {wrong[0]} does not exist; give numbers from 0 to {F - 1}")
-    x = torch.cat([lm.kept_activations(ids) for ids in contexts.split(sae.config.model_batch)])
+    x, read = map(torch.cat, zip(*map(lm.kept_activations, contexts.split(sae.config.model_batch))))
     (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device), "theta"))
-    position = lm.is_kept(contexts).flatten().nonzero()[:, 0].cpu()[row]
+    position = read.flatten().nonzero()[:, 0].cpu()[row]
     fired = latent.bincount(minlength=F)
     if latents is None:
         ranked = fired.argsort(descending=True, stable=True)[: int((fired >= top).sum())]
@@ -374,7 +416,7 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
             "top": [context(i) for i in (most * T + places[most]).tolist()],
             "lower": [context(i) for i in lower], **logit_effects(sae, lm, j),
             "neighbours": [[i, round(float(cosines[i]), 4)] for i in nearest]})
-    return described
+    return {"tokens": len(x), "latents": described}
 
 def logit_effects(sae, lm, latent):
     """The largest direct effects on logits, without the final norm."""
@@ -491,8 +533,10 @@ def comparison_results(configs, folder):
     """Train and evaluate all configurations, continue that, or read what was found."""
     bt.check_shared(configs)
     begun = {path.parent.name: bt.Config.load(path.parent) for path in folder.glob("*/config.json")}
-    if any(replace(cfg, d_model=1) != configs.get(name) for name, cfg in begun.items()):
-        raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
+    for name, cfg in begun.items():
+        asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos")  # by the run, as it began
+        if asked is None or replace(cfg, **{field: getattr(asked, field) for field in found}) != asked:
+            raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
     results = train_with_bar(configs, folder, "the same command", bool(begun))
     return [{"name": name, **result, "config": vars(bt.Config.load(folder / name))}
             for name, result in zip(configs, results)]

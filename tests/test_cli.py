@@ -61,6 +61,8 @@ def test_eval_repeats_what_train_measured_and_needs_no_network(run):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
     stdout, stderr = spawn("eval", run[0], "--json", "--device", "cpu", env=environment).communicate()
     assert stdout.count("\n") == 1, stderr
+    few = json.loads(invoke("eval", run[0], "--json", "--ce-contexts", 3, "--device", "cpu").stdout)
+    assert few["theta"]["fvu"] == run[1]["theta"]["fvu"] and few["theta"]["kl"] != run[1]["theta"]["kl"]
     for selection in ("batch", "theta"):
         found, expected = (result[selection] for result in (json.loads(stdout), run[1]))
         assert [found[m] for m in METRICS] == pytest.approx([expected[m] for m in METRICS], rel=1e-4)
@@ -114,6 +116,7 @@ def test_options_reach_the_configuration(tmp_path):
 @pytest.mark.parametrize("arguments, code, said", [
     (["train", "--device", "cuda:99"], 1, "'cuda:99' is not available.*--device cpu"),
     (["train", "--device", "meta"], 2, "'meta'; choose one of"), (["train", "--beta2", 0], 2, "beta2"),
+    (["train", "--tokens", 1], 2, "tokens is 1; give a whole number from 2"),
     (["train", "--preset", "huge"], 2, "'huge'.*tiny, gpt2-small, gemma-2-2b"),
     (["train", "--layer", 4], 2, "no module 'transformer.h.4'"), (["train", "--module", "h.x"], 2, "no module 'h.x'"),
     (["train", "--module", "transformer"], 2, "no tensor"), (["train", "--seed", 10**20], 2, "seed is"),
@@ -189,14 +192,15 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     assert result.exit_code == 130 and said in result.stderr and not (again / "sae.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
-    monkeypatch.setattr(bt, "evaluate_run", lambda *_: signal.raise_signal(signal.SIGINT))  # after its last step
+    monkeypatch.setattr(bt, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))  # after its last step
     result = invoke("train", "--resume", again)
     assert result.exit_code == 130 and said in result.stderr and bt.saved_states(again)
     monkeypatch.undo()
     assert f"{again}: 4,000 tokens of training" in invoke("train", "--resume", again).stdout
     for name in ("config.json", "metrics.jsonl", "sae.safetensors"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
-    assert invoke("train", "--resume", again).stdout == invoke("train", "--resume", again).stdout
+    finished = invoke("train", "--resume", again).stdout
+    assert "Was finished; it lies in" in finished and "Saved" not in finished
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -318,7 +322,7 @@ def test_what_is_said_of_a_latent_is_so(run):
     f, kept = torch.zeros(*contexts.shape, 256), lm.is_kept(contexts)
     f[kept] = sae.encode(lm.activations(contexts)[kept]).detach()
     text = [[lm.tokenizer.decode([i]) for i in context.tolist()] for context in contexts]
-    for latent in cli.describe_latents(sae, lm, contexts, count=6, top=4):
+    for latent in cli.describe_latents(sae, lm, contexts, count=6, top=4)["latents"]:
         mine = f[..., latent["latent"]]
         best = mine.amax(1).sort(descending=True).values
         expected = [float(x) for x in ((mine > 0).sum() / kept.sum(), best[0], mine[mine > 0].mean())]

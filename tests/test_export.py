@@ -134,8 +134,43 @@ def test_what_is_no_activation_is_refused_inside_the_file(sae, tmp_path):
     exported = load(sae, tmp_path)
     for x in (torch.ones(5, 1), torch.ones(5, 48, dtype=torch.int64), torch.tensor(1.0), torch.ones(49)):
         for method in (exported, exported.encode_sparse, exported.reconstruct)[: 3 if x.ndim else 1]:
-            with pytest.raises(Exception, match=r"give floats \[\.\.\., 48\]"):
+            said = r"give floats \[\.\.\., 48\]" if x.is_floating_point() else "no floating-point numbers"
+            with pytest.raises(Exception, match=said):
                 method(x)
+
+def test_what_decode_sparse_would_get_wrong_is_refused(sae, planted, tmp_path):
+    """Bug here once: rows out of order, or too few of them, gave something else without an error."""
+    exported = load(sae, tmp_path)
+    (indices, values), n = exported.encode_sparse(planted.batch(30, 69)), 30
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    for i, v, rows, said in ((indices[:, order], values[order], n, "do not ascend"),
+                             (indices, values, n - 1, "not below n_rows"), (indices - 1, values, n, "n_rows")):
+        with pytest.raises(Exception, match=said):
+            exported.decode_sparse(i, v, rows)
+    assert exported.decode_sparse(indices[:, :0], values[:0], 2).shape == (2, 48)
+
+def test_autocast_is_refused_inside_the_file(sae, planted, tmp_path):
+    exported, x = load(sae, tmp_path), planted.batch(3, 70)
+    f = exported(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        for use in (lambda: exported(x), lambda: exported.encode_sparse(x), lambda: exported.decode(f)):
+            with pytest.raises(Exception, match="torch.autocast would"):
+                use()
+
+def test_the_file_knows_which_activations_are_of_a_size_it_was_trained_on(sae, planted, tmp_path):
+    x = planted.batch(6, 71).view(2, 3, 48)
+    assert load(sae, tmp_path).seen(1e9 * x).all(), "no limit where a person gave the tensors"
+    sae.config = dataclasses.replace(sae.config, norm_limit=float(x[0, 0].norm()))
+    x[1] *= 100
+    x[1, 2] = torch.nan
+    exported = load(sae, tmp_path)
+    assert torch.equal(exported.seen(x), x.norm(dim=-1) <= sae.config.norm_limit) and exported.seen(x[0, 0])
+    for format, file, place in (("saelens", "cfg.json", "metadata"),
+                                ("dictionary-learning", "config.json", "buffer")):
+        if sae.config.normalize == "scale":
+            bt.export(sae, tmp_path / format, format=format)
+            described = json.loads((tmp_path / format / file).read_text())[place]
+            assert described["norm_limit"] == sae.config.norm_limit
 
 def test_gradients_flow_through_every_method(sae, planted, tmp_path):
     """Bug here once: encode_sparse changed indices in place that its backward pass needed."""
@@ -153,7 +188,7 @@ def test_the_file_can_be_frozen_and_holds_no_path_nor_source(sae, planted, tmp_p
     exported, x = load(sae, tmp_path), planted.batch(9, 62)
     assert torch.equal(torch.jit.freeze(exported)(x), exported(x))
     methods = {name for name in exported._c._method_names() if not name.startswith("_")}
-    assert methods == {"forward", "encode_sparse", "decode", "decode_sparse", "reconstruct"}
+    assert methods == {"forward", "seen", "encode_sparse", "decode", "decode_sparse", "reconstruct"}
     with zipfile.ZipFile(tmp_path / "encoder.pt") as file:
         held = b"".join(file.read(name) for name in file.namelist())
     assert str(ROOT).encode() not in held and b"The inference form" not in held
@@ -256,7 +291,7 @@ def test_other_formats_hold_the_sae_or_are_refused(planted, normalize, activatio
     cfg = json.loads((tmp_path / "saelens/cfg.json").read_text())
     t = safetensors.torch.load_file(tmp_path / "saelens/sae_weights.safetensors")
     assert t["W_enc"].shape == (48, 128) and cfg["d_in"] == 48
-    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre"
+    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["prepend_bos"] is True
     if normalize == "token":
         assert cfg["normalize_activations"] == "layer_norm"
         x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)

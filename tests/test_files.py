@@ -183,7 +183,7 @@ def test_a_changed_file_of_a_run_is_refused_in_a_line_that_names_it(finished, tm
 def test_a_changed_state_is_refused_and_changed_metrics_are_written_again(lm, cfg, finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bt.train_runs({"": cfg}, lm, tmp_path, on_step=lambda tokens, stats: tokens > 1200)
-    [state], text = tmp_path.glob("state-*"), repr({"": cfg})
+    [state], text = tmp_path.glob("state-*"), repr({"": bt.Config.load(tmp_path)})
     expected, n = bt.load_tensors(state, text), int(os.environ.get("MUTANTS", 600))
     whole, refused = state.read_bytes(), 0
     for data in list(mutants(state, n, seed=2)):

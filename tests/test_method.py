@@ -1,5 +1,6 @@
 """The method: selection, the SAE, loss and gradients, θ, training. Each test names a property."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -77,8 +78,9 @@ def test_encode_and_decode_solved_by_hand():
     assert torch.equal(sae.encode(x), expected) and torch.equal(sae.encode(x, selection="batch"), expected)
     torch.testing.assert_close(sae(x), torch.tensor([[1.0, 1.0], [1 + 3 + 1.8, 1 + 2.4]]))
 
-@pytest.mark.parametrize("k, kept", [(3, 48), (2.5, 40), (0.1, 1)])
+@pytest.mark.parametrize("k, kept", [(3, 48), (2.5, 40), (0.1, 1), (0.29, 4)])
 def test_batch_selection_keeps_int_of_k_times_rows(k, kept):
+    assert config(k=0.29, batch_size=100).n_kept(100) == 29, "0.29 · 100 is 28.999… in binary"
     assert (random_sae(config(k=k)).encode(randn(16, 12), selection="batch") > 0).sum() == kept
 
 def test_leading_dimensions_are_flattened_and_restored():
@@ -138,6 +140,14 @@ def test_save_and_load_are_inverse(tmp_path, planted_sae):
     for selection in ("theta", "batch"):
         assert torch.equal(loaded.encode(randn(9, 12), selection), jump.encode(randn(9, 12)))
 
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_saes_saved_by_an_older_version_load_and_give_the_same_latents(activation):
+    """Of commit c75c79b: the checksum covers the file's own text, and new fields have the old meaning."""
+    folder = Path(__file__).parent / "assets" / "saved-by-c75c79b" / activation
+    sae, expected = bt.SAE.load(folder), torch.load(folder / "expected.pt")
+    assert torch.equal(sae.encode(expected["x"]), expected["f"]) and expected["f"].any()
+    assert (sae.config.prepend_bos, sae.config.max_norm, sae.config.norm_limit) == (False, 0, 0)
+
 def test_loading_something_else_names_it(tmp_path, planted_sae):
     def refused(kind, said):
         with pytest.raises(kind, match=said):
@@ -157,7 +167,7 @@ def test_loading_something_else_names_it(tmp_path, planted_sae):
     refused(bt.InputError, "does not belong")
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk, j"), (dict(tokens=0), "from 1"),
+    (dict(k=41), "40 latents"), (dict(activation="relu"), "batchtopk, topk, j"), (dict(tokens=1), "from 2"),
     (dict(normalize="none"), "scale, token"), (dict(k=0.01), "no entry"), (dict(warmup=0.8), "at most 1"),
     (dict(batch_size=2.5), "whole"), (dict(activation="topk", k=2.5), "whole"), (dict(lr=math.nan), "lr"),
     (dict(init="x"), "data, authors"), (dict(beta2=1.0), "between"), (dict(tokens=math.inf), "is inf")])
@@ -324,6 +334,17 @@ def test_the_search_is_a_sort_of_all_entries_wherever_it_starts(n_rows, factor, 
             assert torch.equal(index, expected), "by latent, then row"
             torch.testing.assert_close(value, z[index], atol=1e-5, rtol=1e-5)  # float32, whoever nominated it
 
+def test_bfloat16_misses_no_entry_however_large_the_biases_are():
+    """Bug here once: the margin was a share of the threshold, while rounding errs by one of the product."""
+    sae, x, b_enc = random_sae(config(n_latents=2048)), 20 * randn(64, 12, seed=1), -40.0
+    with torch.no_grad():
+        sae.b_enc.fill_(b_enc)
+    exact = bt.find_entries(sae, x, 0.0, 2048)
+    for hint, n in ((0.0, 2048), (0.95 * float(exact[2].min()), 2048), (float(exact[2].min()) * 0.999, None)):
+        found = bt.find_entries(sae, x, hint, n, torch.bfloat16)
+        assert len(found[0]) >= 2048 and {*zip(*map(torch.Tensor.tolist, exact[:2]))} <= {
+            *zip(*map(torch.Tensor.tolist, found[:2]))}
+
 def test_the_first_search_holds_few_entries(monkeypatch):
     """Without a hint half of all entries are positive; the threshold rises before the chunks grow."""
     sae, x, found, nonzero = random_sae(config(n_latents=4096)), randn(64, 12, seed=1), [], bt.nonzero_flat
@@ -439,6 +460,38 @@ def test_calibration_is_the_mean_of_the_smallest_kept_entries(planted, planted_s
     with pytest.raises(bt.InputError, match="no batch held a positive"):
         bt.calibrate(sae, [1e-3 * batches[0]])
     assert sae.theta == theta
+
+def test_a_short_last_batch_does_not_count_as_much_as_a_whole_one(planted, planted_sae):
+    """Bug here once: one large row more than a batch moved θ from 1.72 to 22.1."""
+    sae, x = copy.deepcopy(planted_sae), planted.batch(257, 500)
+    x[256] *= 100
+    assert bt.calibrate(sae, [x]) == bt.calibrate(sae, [x[:256]])
+    assert bt.calibrate(sae, [x[:100]]) > 0, "a single short batch is all there is"
+
+@contextlib.contextmanager
+def autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, autocast])
+@pytest.mark.parametrize("activation, step", [*((a, "sparse") for a in ACTIVATIONS), ("batchtopk", "plain")])
+def test_modes_that_are_on_outside_change_nothing(mode, activation, step, planted):
+    """Bugs here once: inference_mode dropped the auxiliary gradient, autocast moved θ and rounded latents."""
+    cfg = config(d_model=48, dead_tokens=32, tokens=320, activation=activation, step=step)
+
+    def run(batches):
+        trainer = bt.Trainer(cfg)
+        aux = max(trainer.step(x).aux for x in batches[:12])
+        bt.calibrate(trainer.sae, batches)
+        results = trainer.sae.encode(batches[0]), *trainer.sae.encode_sparse(batches[0]), trainer.sae(batches[0])
+        return trainer.sae.state_dict(), aux, [t.detach() for t in results], bt.evaluate(trainer.sae, batches)
+    batches = [planted.batch(16, i) for i in range(20)]
+    state, aux, results, metrics = run(batches)
+    with mode():
+        other, _, others, again = run([x.clone() for x in batches])
+    assert aux > 0 and same_tensors(state, other) and not other["W_enc"].is_inference()
+    assert all(torch.equal(a, b) for a, b in zip(results, others))
+    assert again["theta"]["fvu"] == metrics["theta"]["fvu"]
 
 def test_evaluation_and_encoding_move_nothing(planted, planted_sae):
     before = copy.deepcopy(planted_sae.state_dict())
@@ -629,15 +682,15 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
                   lambda t: [t.step(planted.batch(16, i)) for i in range(11)]):
         straight, first, second = bt.Trainer(cfg), bt.Trainer(cfg), bt.Trainer(cfg)
         begin(straight), begin(first)
-        bt.save_state(tmp_path, {"": first}, (1, 2, 3), {})
-        assert bt.load_state_(tmp_path, {"": second}) == (first.tokens_seen, (1, 2, 3), {})
+        bt.save_state(tmp_path, {"": first}, (1, 2, 3, 4), {})
+        assert bt.load_state_(tmp_path, {"": second}) == (first.tokens_seen, (1, 2, 3, 4), {})
         for i in range(11, 20):
             stats = second.step(planted.batch(16, i))
             assert stats == straight.step(planted.batch(16, i))
         assert same_tensors(bt.trainer_state(second), bt.trainer_state(straight))
     assert stats.dead
     del second.moments["updates"]
-    bt.save_state(tmp_path, {"": second}, (1, 2, 3), {})
+    bt.save_state(tmp_path, {"": second}, (1, 2, 3, 4), {})
     for changes, said in (({}, "another version"), ({"n_latents": 41}, "does not belong to its config")):
         with pytest.raises(bt.InputError, match=said):
             bt.load_state_(tmp_path, {"": bt.Trainer(dataclasses.replace(cfg, **changes))})
