@@ -387,7 +387,7 @@ class Trainer:
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = SAE(cfg, processes.share(cfg)).to(self.device)
-        self.tokens_seen, self.steps, self.seconds = 0, 0, 0.0  # seconds are counted in section 9
+        self.tokens_seen, self.steps = 0, 0
         self.x_std = self.variance = 0.0  # x_std² is the variance / D; 0 until initialize_
         self.last_threshold = 0.0  # smallest entry kept by the last step, for section 7
         self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
@@ -1229,242 +1229,6 @@ def outliers(x: Tensor, max_norm: float) -> LeftOut:
                       "the SAE will mostly learn these; a lower max_norm leaves them out")
     return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
 
-# ---- 9. Runs ------------------------------------------------
-
-# SAEs trained together may differ in these
-OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", "beta1", "beta2", "warmup",
-       "decay", "aux_k", "aux_coef", "dead_tokens", "step", "encoder_dtype", "seed")
-
-def train_runs(configs: dict[str, Config], lm: LanguageModel, folder: str | os.PathLike, resume: bool = False,
-               on_step: Callable[[int, list[StepStats]], bool | None] | None = None,
-               on_context: Callable[[int, int], None] | None = None) -> list[dict]:
-    """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
-
-    An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
-    evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state-*.safetensors
-    hold what resume=True continues from, on a CPU bit for bit.
-    Args: configs by name, which may differ in the fields of OWN; on_step, called after each of the largest
-        batches with the tokens seen and each SAE's last statistics; if it returns True, the run is saved and
-        ends in a KeyboardInterrupt; on_context, for evaluate_runs.
-    Returns: evaluate_runs' results, with "dead" (share of latents at the end) and "step_seconds" added.
-    Raises: InputError if they cannot share a stream or memory; Unavailable for a folder in use or a run that
-        is finished; OSError for a file that cannot be written.
-    """
-    folder, cfg = Path(folder), check_shared(configs)
-    check_run_folder(folder, resume)
-    with locked(folder):
-        check_room(configs, folder)
-        held_out = held_out_contexts(cfg, lm.tokenizer)
-        begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
-        lm.norm_limit, lm.left_out = (Config.load(begun[0]) if begun else cfg).norm_limit, None
-        calibration = shuffled_activations(lm, held_out[0], cfg.model_batch)
-        if cfg.max_norm and not lm.norm_limit and len(calibration):
-            lm.left_out = outliers(calibration, cfg.max_norm)
-            lm.norm_limit = lm.left_out.norm_limit
-            calibration = calibration[calibration.norm(dim=1) <= lm.norm_limit]
-        prepend_bos = cfg.prepend_bos and bool(begin_token(lm.tokenizer))
-        found = dict(norm_limit=lm.norm_limit, prepend_bos=prepend_bos)
-        configs = {name: dataclasses.replace(own, **found) for name, own in configs.items()}
-        cfg = dataclasses.replace(cfg, **found)
-        evaluation = shuffled_activations(lm, held_out[1], cfg.model_batch)
-        if not len(calibration) or not len(evaluation):
-            raise InputError("no held-out token is read: too little text, or only special tokens")
-        trainers = {name: Trainer(own) for name, own in configs.items()}
-        train_trainers(trainers, cfg, lm, folder, evaluation[:4096], on_step)
-        for name, trainer in trainers.items():
-            calibrate(trainer.sae, [calibration])
-            trainer.sae.save(folder / name)
-        saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
-        results = evaluate_runs(saes, lm, (held_out[1], evaluation), on_context)
-        for (name, trainer), result in zip(trainers.items(), results):
-            dead = processes.total(int(trainer.sae.is_dead().sum())) / trainer.cfg.n_latents
-            result |= {"step_seconds": trainer.seconds, "dead": dead}
-            if processes.rank == 0:
-                write_atomically(folder / name / "evaluation.json", json.dumps(result).encode())
-        for state in state_files(folder) if processes.rank == 0 else ():
-            state.unlink()
-    return results
-
-def train_trainers(trainers, cfg, lm, folder, probe, on_step):
-    """The training of train_runs, from its start or its last saved state; it ends with a saved state."""
-    tokens, at, records = load_state_(folder, trainers)
-    for name, trainer in trainers.items() if processes.rank == 0 else ():
-        write_atomically(folder / name / "config.json", trainer.cfg.to_json().encode())
-    saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
-    with contextlib.closing(activation_batches(cfg, lm, at)) as batches:
-        while tokens < cfg.tokens:
-            try:
-                x, after = next(batches)
-            except (InputError, Unavailable):
-                if processes.size == 1:  # several may have failed at different tokens
-                    save_state(folder, trainers, at, records)
-                raise
-            x, stats = x[: cfg.tokens - tokens].float(), []
-            for trainer in trainers.values():
-                started = time.perf_counter()
-                stats.append([trainer.step(part) for part in x.split(trainer.cfg.batch_size)][-1])
-                trainer.seconds += time.perf_counter() - started
-            before, tokens, at = tokens, tokens + len(x), after
-            hundredth, tenth = (tokens * n // cfg.tokens > before * n // cfg.tokens for n in (100, 10))
-            for (name, trainer), stat in zip(trainers.items(), stats) if hundredth else ():
-                records[name].append({"tokens": tokens, **to_json_values(stat._asdict())})
-                if tenth:
-                    records[name][-1]["held_out"] = to_json_values(evaluate(trainer.sae, [probe]))
-                lines = "".join(json.dumps(record) + "\n" for record in records[name])
-                if processes.rank == 0:
-                    write_atomically(folder / name / "metrics.jsonl", lines.encode())
-            stopped = processes.total(bool(on_step and on_step(tokens, stats)))
-            late = time.monotonic() - saved > 60 * cfg.checkpoint_minutes
-            due = stopped or late or tokens == cfg.tokens or tokens // every > before // every
-            if processes.total(bool(due)):
-                saved = time.monotonic()
-                save_state(folder, trainers, at, records)
-            if stopped:
-                raise KeyboardInterrupt
-
-def trainer_state(trainer: Trainer) -> dict[str, Tensor]:
-    """All that steps change: copies of the trainer's numbers, and its tensors themselves."""
-    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in vars(trainer).items()
-               if isinstance(value, (int, float))}
-    return {**numbers, **trainer.sae.state_dict(), **trainer.moments}
-
-def save_state(folder, trainers, at, records):
-    """Save what a resumed run needs, each process its share; older states go when this one is whole."""
-    text = json.dumps([at, records]).encode()
-    tensors = {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-    for name, trainer in trainers.items():
-        tensors |= {f"{name}/{key}": t for key, t in trainer_state(trainer).items()}
-    tokens, failed = trainer.tokens_seen, False
-    path = state_path(folder, tokens)
-    try:
-        save_tensors(path, tensors, repr({name: t.cfg for name, t in trainers.items()}))
-    except OSError as error:
-        failed = True
-        warnings.warn(f"{error}; what is saved is older than token {tokens}")
-    if not processes.total(failed):
-        for old in set(state_files(folder)) - set(state_files(folder, tokens)):
-            old.unlink(missing_ok=True)  # another process may have been faster
-    elif processes.size > 1:
-        path.unlink(missing_ok=True)  # a part is worth nothing
-
-def load_state_(folder, trainers):
-    """Continue from the last saved state, if there is one. Returns tokens, Position and metric records."""
-    if not (states := saved_states(folder)):
-        return 0, Position(), {name: [] for name in trainers}
-    n, tokens = states[-1]
-    if n != processes.size:
-        raise Unavailable(f"{str(folder)!r} was saved by {n} processes; continue it with as many")
-    saved = load_tensors(state_path(folder, tokens), repr({name: t.cfg for name, t in trainers.items()}))
-    with explained(f"the state in {str(folder)!r} was written by another version of batchtopk"):
-        for name, trainer in trainers.items():
-            for key, t in trainer_state(trainer).items():
-                t.copy_(saved[f"{name}/{key}"])
-                if key in vars(trainer):
-                    setattr(trainer, key, type(getattr(trainer, key))(t))  # an int or a float
-        at, records = json.loads(saved["json"].numpy().tobytes())
-    return tokens, Position(*at), records
-
-def state_path(folder, tokens):
-    """Where this process saves its share of the state after so many tokens."""
-    return folder / f"state-{tokens}-{processes.rank}-of-{processes.size}.safetensors"
-
-def state_files(folder, tokens="*"):
-    """The saved states of all processes."""
-    return folder.glob(f"state-{tokens}-*-of-*.safetensors")
-
-def saved_states(folder: Path) -> list[tuple[int, int]]:
-    """What a run can be continued from: (number of processes, tokens) of each state that is whole."""
-    parts = [path.stem.split("-") for path in state_files(folder)]
-    states = [(int(size), int(tokens)) for _, tokens, _, _, size in parts]
-    return sorted(state for state in set(states) if states.count(state) == state[0])
-
-def check_shared(configs: dict[str, Config]) -> Config:
-    """The configuration of the stream: the largest batch's. InputError if they cannot share one."""
-    first, largest = next(iter(configs.values())), max(configs.values(), key=lambda cfg: cfg.batch_size)
-    for name, cfg in configs.items():
-        wrong = [key for key, value in vars(cfg).items() if key not in OWN and value != getattr(first, key)]
-        if largest.batch_size % cfg.batch_size or wrong:
-            why = ", ".join(wrong) or "batch_size, which does not divide the largest"
-            raise InputError(f"{name} cannot be trained beside the others, because of its {why}")
-    return dataclasses.replace(largest, seed=first.seed)
-
-def check_run_folder(folder: Path, resume: bool = False):
-    """Unavailable if a new run's folder is in use, or a resumed run is finished."""
-    used = folder.is_file() or any(path.is_file() and path.suffix != ".tmp" for path in folder.rglob("*"))
-    if used and not resume:
-        raise Unavailable(f"run {str(folder)!r} exists; choose another name, or continue it with --resume")
-    if resume and (folder / "state.safetensors").exists():
-        raise Unavailable(f"run {str(folder)!r} was begun by an older version of batchtopk; train it anew")
-    if resume and any(folder.glob("**/evaluation.json")) and not saved_states(folder):
-        raise Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Make a folder and hold it for this run alone, as long as its process 0 lives."""
-    import fcntl
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        if processes.rank == 0:
-            with explained(f"another process is writing to {str(folder)!r}", Unavailable):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in folder.rglob("*." + "[0-9a-f]" * 8 + ".tmp"):
-                leftover.unlink()
-        yield
-    finally:
-        os.close(file)
-
-def check_room(configs, folder):
-    """InputError if memory cannot hold weights, moments and activations, or the disk two saved states."""
-    cfg = next(iter(configs.values()))
-    state = sum(24 * c.n_latents * c.d_model for c in configs.values())  # 2 matrices and moments, float32
-    memory = state + processes.size * 4 * cfg.d_model * (cfg.buffer_tokens + 2 * cfg.eval_tokens)
-    device, free = resolve_device(cfg.device), shutil.disk_usage(folder).free
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    has = processes.size * torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else pages
-    for what, wanted, there in (("memory", memory, has), ("disk", 2 * state, free)):
-        if wanted > there:
-            raise InputError(f"the run wants {wanted / 1e9:.1f} GB of {what}; there are {there / 1e9:.1f}")
-
-def write_atomically(path, data):
-    """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-def save_tensors(path, tensors, config):
-    """Write a safetensors file with a checksum of the tensors and of the configuration's text."""
-    from safetensors.torch import save
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(tensors, {"sha256": checksum(tensors, config)}))
-
-def load_tensors(path, config):
-    """Read such a file. InputError if anything in it, or its configuration, was changed."""
-    from safetensors import safe_open
-    with explained(f"{str(path)!r} is damaged, is of another version, or does not belong to its config.json"):
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if file.metadata()["sha256"] != checksum(tensors, config):
-                raise ValueError("checksum")
-    return tensors
-
-def checksum(tensors, config):
-    """SHA-256 of a configuration's text and of tensors, with their names, dtypes and shapes."""
-    digest = hashlib.sha256(config.encode())
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
 # ---- 10. Evaluation ------------------------------------------
 
 @torch.no_grad()
@@ -1572,36 +1336,6 @@ def edited_losses(lm, ids, where, edits):
         loss = functional.nll_loss(log_p, targets, reduction="none")
         found.append(torch.stack([loss.double().sum(), kl.double().sum()]))
     return torch.stack(found).cpu()
-
-def evaluate_runs(saes: dict[str | os.PathLike, SAE], lm: LanguageModel,
-                  held_out: tuple[Tensor, Tensor] | None = None,
-                  on_context: Callable[[int, int], None] | None = None) -> list[dict]:
-    """JSON-ready: evaluate SAEs of one model and text, by folder, on its held-out text.
-
-    Args: held_out, token ids [n, T] and their activations, if they are at hand; on_context, called as
-        cross-entropy is measured with the number of contexts that are done and are to be done.
-    """
-    cfg, started = next(iter(saes.values())).config, time.perf_counter()
-    ids, x = held_out or (held_out_contexts(cfg, lm.tokenizer)[1], None)
-    x = shuffled_activations(lm, ids, cfg.model_batch) if x is None else x
-    few = ids[:: math.ceil(len(ids) / cfg.ce_contexts)]
-    losses = splice_losses(list(saes.values()), lm, few, x.double().mean(0).float(), on_context)
-    left_out, results = 1 - len(x) / int(lm.is_kept(ids).sum()), []
-    for (folder, sae), both in zip(saes.items(), losses):
-        metrics = to_json_values(evaluate(sae, [x]))
-        for selection in SELECTIONS:
-            metrics[selection] |= to_json_values(both[selection])
-        results.append({"run": str(folder), "tokens": sae.config.tokens, "k": sae.config.k,
-                        "theta_value": float(processes.gather(sae.threshold().detach()).mean()),
-                        "left_out": left_out, "eval_tokens": metrics.pop("tokens"), **metrics})
-    seconds = round(time.perf_counter() - started, 2)
-    return [{**result, "seconds": seconds} for result in results]
-
-def to_json_values(metrics):
-    """Metrics without tensors (the densities of single latents), and None for what is no finite number."""
-    return {name: to_json_values(value) if isinstance(value, dict) else
-            None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items() if not isinstance(value, Tensor)}
 
 # ---- 11. Export ----------------------------------------------
 
@@ -1789,3 +1523,53 @@ def check_replaceable(path, overwrite):
         raise InputError(f"{str(path)!r} could be a file of a run; give another path")
     if path.exists() and not overwrite:
         raise InputError(f"{str(path)!r} exists; give another path, or --force")
+
+# ---- Files -----------------------------------------------------
+
+def write_atomically(path, data):
+    """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+def save_tensors(path, tensors, config):
+    """Write a safetensors file with a checksum of the tensors and of the configuration's text."""
+    from safetensors.torch import save
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, save(tensors, {"sha256": checksum(tensors, config)}))
+
+def load_tensors(path, config):
+    """Read such a file. InputError if anything in it, or its configuration, was changed."""
+    from safetensors import safe_open
+    with explained(f"{str(path)!r} is damaged, is of another version, or does not belong to its config.json"):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if file.metadata()["sha256"] != checksum(tensors, config):
+                raise ValueError("checksum")
+    return tensors
+
+def checksum(tensors, config):
+    """SHA-256 of a configuration's text and of tensors, with their names, dtypes and shapes."""
+    digest = hashlib.sha256(config.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def trainer_state(trainer):
+    """All that steps change: copies of the trainer's numbers, and its tensors themselves."""
+    numbers = {name: value for name, value in vars(trainer).items()
+               if name not in ("cfg", "device", "sae", "moments")}
+    for name, value in numbers.items():
+        assert isinstance(value, (int, float)), f"{name} is a {type(value)}, which would not be saved"
+        numbers[name] = torch.tensor(value, dtype=torch.float64)
+    return {**numbers, **trainer.sae.state_dict(), **trainer.moments}

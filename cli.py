@@ -11,8 +11,10 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import time
 import warnings
@@ -24,6 +26,7 @@ from typing import Annotated, get_type_hints
 
 import torch
 import typer
+from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
@@ -100,7 +103,12 @@ class Commands(typer.core.TyperGroup):
         quieten_libraries()
         try:
             super().invoke(context)
-        except (bt.InputError, bt.Unavailable, OSError) as error:
+        except (bt.InputError, bt.Unavailable, OSError, MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                error = bt.InputError("out of memory; lower --n-latents, --batch-size, --buffer-tokens, "
+                                      "--eval-tokens or --model-batch")
+            elif isinstance(error, RuntimeError):
+                raise
             why = isinstance(error, bt.Unavailable) and error.__cause__
             parts = [f"{error} ({reason(why)})" if why else str(error), *getattr(error, "__notes__", ())]
             who = f"process {RANK}: " if RANK else ""
@@ -108,6 +116,10 @@ class Commands(typer.core.TyperGroup):
             err.quiet = False
             err.out(" ".join(f"{who}error: {'; '.join(parts)}".split()))
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
+
+def out_of_memory(error):
+    """Whether memory could not be had, of the machine or of a GPU: PyTorch has no class for the former."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 app = typer.Typer(cls=Commands, help="BatchTopK sparse autoencoders: train, evaluate, export, compare.",
                   no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
@@ -173,10 +185,10 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
     Ctrl-C or SIGTERM ends it after a step, so that the saved state is whole; a second one at once.
     """
     runs = [folder / name for name in configs]
-    if resume and is_finished(runs) and not bt.saved_states(folder):
+    if resume and is_finished(runs) and not saved_states(folder):
         return [read_evaluation(run) for run in runs]
     if RANK == 0:
-        bt.check_run_folder(folder, resume)
+        check_run_folder(folder, resume)
     [cfg, *_], stopped = configs.values(), 0
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
                         console=err, transient=True, disable=not err.is_terminal)
@@ -214,13 +226,13 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
             sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
             configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
             [cfg, *_] = configs.values()
-            return bt.train_runs(configs, lm, folder, resume, on_step, on_context)
+            return train_runs(configs, lm, folder, resume, on_step, on_context)
     except (KeyboardInterrupt, SystemExit):
-        said = "saved" if bt.saved_states(folder) else "stopped"
+        said = "saved" if saved_states(folder) else "stopped"
         err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
         raise typer.Exit(128 + stopped) from None
     except Exception as error:
-        if any(n == bt.processes.size for n, _ in bt.saved_states(folder)):
+        if any(n == bt.processes.size for n, _ in saved_states(folder)):
             error.add_note(f"the run is saved; continue with: {again}")
         raise
     finally:
@@ -267,7 +279,7 @@ def evaluate(
         sae, lm = load(run, device)
         sae.config = replace(sae.config, ce_contexts=ce_contexts or sae.config.ce_contexts)
         report = now_and_then(status.update)
-        [result] = bt.evaluate_runs({run: sae}, lm, on_context=lambda done, total: report(
+        [result] = evaluate_runs({run: sae}, lm, on_context=lambda done, total: report(
             f"cross-entropy: {done} of {total} contexts"))
     show_metrics(result, as_json)
 
@@ -341,6 +353,251 @@ def held_out_activations(cfg: bt.Config) -> torch.Tensor | None:
             contexts = bt.held_out_contexts(cfg, lm.tokenizer)[1]
             few = contexts[:: max(1, len(contexts) // 64)]
             return bt.shuffled_activations(lm, few, cfg.model_batch)
+
+# ---- Runs: SAEs trained side by side, what they write, how they continue ----
+
+# SAEs trained together may differ in these
+OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", "beta1", "beta2", "warmup",
+       "decay", "aux_k", "aux_coef", "dead_tokens", "step", "encoder_dtype", "seed")
+
+def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None):
+    """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
+
+    An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
+    evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state-*.safetensors
+    hold what resume=True continues from, on a CPU bit for bit.
+    Args: configs, {name: Config}, which may differ in the fields of OWN; on_step, called after each of the
+        largest batches with the tokens seen and a list of each SAE's StepStats; if it returns True, the run
+        is saved and ends in a KeyboardInterrupt; on_context, for evaluate_runs.
+    Returns: evaluate_runs' results, with "dead" (share of latents at the end) and "step_seconds" added.
+    Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
+        or a run that is finished; OSError for a file that cannot be written.
+    """
+    folder, cfg = Path(folder), check_shared(configs)
+    check_run_folder(folder, resume)
+    with locked(folder):
+        check_room(configs, folder)
+        calibration_ids, evaluation_ids = bt.held_out_contexts(cfg, lm.tokenizer)
+        begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
+        lm.norm_limit, lm.left_out = (bt.Config.load(begun[0]) if begun else cfg).norm_limit, None
+        calibration = bt.shuffled_activations(lm, calibration_ids, cfg.model_batch)
+        if cfg.max_norm and not lm.norm_limit and len(calibration):  # these are the first of a new run
+            lm.left_out = bt.outliers(calibration, cfg.max_norm)
+            lm.norm_limit = lm.left_out.norm_limit
+            calibration = calibration[calibration.norm(dim=1) <= lm.norm_limit]
+        prepend_bos = cfg.prepend_bos and bool(bt.begin_token(lm.tokenizer))
+        found = {"norm_limit": lm.norm_limit, "prepend_bos": prepend_bos}
+        configs = {name: replace(own, **found) for name, own in configs.items()}
+        evaluation = bt.shuffled_activations(lm, evaluation_ids, cfg.model_batch)
+        if not len(calibration) or not len(evaluation):
+            raise bt.InputError("no held-out token is read: too little text, or only special tokens")
+        trainers = {name: bt.Trainer(own) for name, own in configs.items()}
+        seconds = dict.fromkeys(trainers, 0.0)  # in each SAE's own steps
+        train_trainers(trainers, seconds, replace(cfg, **found), lm, folder, evaluation[:4096], on_step)
+        for name, trainer in trainers.items():
+            bt.calibrate(trainer.sae, [calibration])
+            trainer.sae.save(folder / name)
+        saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
+        results = evaluate_runs(saes, lm, (evaluation_ids, evaluation), on_context)
+        for (name, trainer), result in zip(trainers.items(), results):
+            dead = bt.processes.total(int(trainer.sae.is_dead().sum())) / trainer.cfg.n_latents
+            result |= {"step_seconds": seconds[name], "dead": dead}
+            write(folder / name / "evaluation.json", json.dumps(result))
+        if bt.processes.rank == 0:
+            for state in state_files(folder):
+                state.unlink()
+    return results
+
+def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
+    """The training of train_runs, from its start or its last saved state; it ends with a saved state."""
+    tokens, at, records = load_state_(folder, trainers, seconds)
+    for name, trainer in trainers.items():
+        write(folder / name / "config.json", trainer.cfg.to_json())
+    saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
+    with contextlib.closing(bt.activation_batches(cfg, lm, at)) as batches:
+        while tokens < cfg.tokens:
+            try:
+                x, after = next(batches)
+            except (bt.InputError, bt.Unavailable):
+                if bt.processes.size == 1:  # several may have failed at different tokens
+                    save_state(folder, trainers, seconds, at, records)
+                raise
+            x, stats = x.float(), []
+            for name, trainer in trainers.items():
+                started = time.perf_counter()
+                stats.append([trainer.step(part) for part in x.split(trainer.cfg.batch_size)][-1])
+                seconds[name] += time.perf_counter() - started
+            before, tokens, at = tokens, tokens + len(x), after
+            if passed(cfg.tokens / 100, before, tokens):
+                tenth = passed(cfg.tokens / 10, before, tokens)
+                record(folder, trainers, tokens, stats, probe if tenth else None, records)
+            stopped = bool(on_step and on_step(tokens, stats))
+            stopped = bt.processes.total(stopped)  # in any process
+            late = time.monotonic() - saved > 60 * cfg.checkpoint_minutes
+            due = stopped or late or tokens == cfg.tokens or passed(every, before, tokens)
+            if bt.processes.total(bool(due)):
+                saved = time.monotonic()
+                save_state(folder, trainers, seconds, at, records)
+            if stopped:
+                raise KeyboardInterrupt
+
+def passed(every, before, now):
+    """Whether a multiple of `every` tokens lies after `before`, up to `now`."""
+    return now // every > before // every
+
+def record(folder, trainers, tokens, stats, probe, records):
+    """Add to each SAE's metrics its last step's, and those on a probe of held-out activations if given."""
+    for (name, trainer), last in zip(trainers.items(), stats):
+        metrics = {"tokens": tokens, **to_json_values(last._asdict())}
+        if probe is not None:
+            metrics["held_out"] = to_json_values(bt.evaluate(trainer.sae, [probe]))
+        records[name].append(metrics)
+        write(folder / name / "metrics.jsonl", "".join(json.dumps(each) + "\n" for each in records[name]))
+
+def write(path, text):
+    """Write a text file of a run, once for all processes."""
+    if bt.processes.rank == 0:
+        bt.write_atomically(path, text.encode())
+
+def state_text(trainers):
+    """What a saved state belongs to."""
+    return repr({name: trainer.cfg for name, trainer in trainers.items()})
+
+def save_state(folder, trainers, seconds, at, records):
+    """Save what a resumed run needs, each process its share; older states go when this one is whole."""
+    text = json.dumps([at, seconds, records]).encode()
+    tensors = {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    for name, trainer in trainers.items():
+        tensors |= {f"{name}/{key}": t for key, t in bt.trainer_state(trainer).items()}
+    tokens, failed = trainer.tokens_seen, False
+    path = state_path(folder, tokens)
+    try:
+        bt.save_tensors(path, tensors, state_text(trainers))
+    except OSError as error:
+        failed = True
+        warnings.warn(f"{error}; what is saved is older than token {tokens}")
+    if not bt.processes.total(failed):
+        for old in set(state_files(folder)) - set(state_files(folder, tokens)):
+            old.unlink(missing_ok=True)  # another process may have been faster
+    elif bt.processes.size > 1:
+        path.unlink(missing_ok=True)  # a part is worth nothing
+
+def load_state_(folder, trainers, seconds):
+    """Continue from the last saved state, if there is one. Returns tokens, Position and metric records."""
+    states = saved_states(folder)
+    if not states:
+        return 0, bt.Position(), {name: [] for name in trainers}
+    n, tokens = states[-1]
+    if n != bt.processes.size:
+        raise bt.Unavailable(f"{str(folder)!r} was saved by {n} processes; continue it with as many")
+    saved = bt.load_tensors(state_path(folder, tokens), state_text(trainers))
+    with bt.explained(f"the state in {str(folder)!r} was written by another version of batchtopk"):
+        for name, trainer in trainers.items():
+            for key, t in bt.trainer_state(trainer).items():
+                t.copy_(saved[f"{name}/{key}"])
+                if key in vars(trainer):
+                    setattr(trainer, key, type(getattr(trainer, key))(t))  # an int or a float
+        at, spent, records = json.loads(saved["json"].numpy().tobytes())
+    seconds.update(spent)
+    return tokens, bt.Position(*at), records
+
+def state_path(folder, tokens):
+    """Where this process saves its share of the state after so many tokens."""
+    return folder / f"state-{tokens}-{bt.processes.rank}-of-{bt.processes.size}.safetensors"
+
+def state_files(folder, tokens="*"):
+    """The saved states of all processes."""
+    return folder.glob(f"state-{tokens}-*-of-*.safetensors")
+
+def saved_states(folder):
+    """What a run can be continued from: (number of processes, tokens) of each state that is whole."""
+    parts = [path.stem.split("-") for path in state_files(folder)]
+    states = [(int(size), int(tokens)) for _, tokens, _, _, size in parts]
+    return sorted(state for state in set(states) if states.count(state) == state[0])
+
+def check_shared(configs):
+    """The configuration of the stream: the largest batch's. InputError if they cannot share one."""
+    first, largest = next(iter(configs.values())), max(configs.values(), key=lambda cfg: cfg.batch_size)
+    for name, cfg in configs.items():
+        wrong = [key for key, value in vars(cfg).items() if key not in OWN and value != getattr(first, key)]
+        if largest.batch_size % cfg.batch_size or wrong:
+            why = ", ".join(wrong) or "batch_size, which does not divide the largest"
+            raise bt.InputError(f"{name} cannot be trained beside the others, because of its {why}")
+    return replace(largest, seed=first.seed)
+
+LOCK = "in-use.lock"
+
+def check_run_folder(folder, resume=False):
+    """Unavailable if a new run's folder is in use, or a resumed run is finished."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    used = folder.is_file() or any(path.suffix != ".tmp" and path.name != LOCK for path in files)
+    if used and not resume:
+        raise bt.Unavailable(f"run {str(folder)!r} exists; choose another name, or continue it with --resume")
+    if resume and any(folder.glob("**/evaluation.json")) and not saved_states(folder):
+        raise bt.Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
+
+@contextlib.contextmanager
+def locked(folder):
+    """Make a folder and hold it for this run alone, as long as its process 0 lives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if bt.processes.rank > 0:
+        yield
+        return
+    lock = FileLock(folder / LOCK, timeout=0)
+    with bt.explained(f"another process is writing to {str(folder)!r}", bt.Unavailable):
+        lock.acquire()
+    try:
+        for leftover in folder.rglob("*." + "[0-9a-f]" * 8 + ".tmp"):
+            leftover.unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes it when it is released
+            os.unlink(folder / LOCK)
+        lock.release()
+
+def check_room(configs, folder):
+    """InputError if the disk has no room for two saved states."""
+    state = sum(24 * cfg.n_latents * cfg.d_model for cfg in configs.values())  # weights and two moments
+    free = shutil.disk_usage(folder).free
+    if 2 * state > free:
+        raise bt.InputError(f"the run wants {2 * state / 1e9:.1f} GB of disk; there are {free / 1e9:.1f}")
+
+def evaluate_runs(saes, lm, held_out=None, on_context=None):
+    """JSON-ready: evaluate {folder: SAE}, all of one model and text, on its held-out text.
+
+    Args: held_out, token ids [n, T] and their activations [m, D], if they are at hand; on_context, called as
+        cross-entropy is measured with the number of contexts that are done and are to be done.
+    """
+    cfg, started = next(iter(saes.values())).config, time.perf_counter()
+    if held_out is None:
+        ids = bt.held_out_contexts(cfg, lm.tokenizer)[1]
+        held_out = ids, bt.shuffled_activations(lm, ids, cfg.model_batch)
+    ids, x = held_out
+    few = ids[:: math.ceil(len(ids) / cfg.ce_contexts)]
+    losses = bt.splice_losses(list(saes.values()), lm, few, x.double().mean(0).float(), on_context)
+    left_out, results = 1 - len(x) / int(lm.is_kept(ids).sum()), []
+    for (folder, sae), spliced in zip(saes.items(), losses):
+        metrics = to_json_values(bt.evaluate(sae, [x]))
+        for selection in ("batch", "theta"):
+            metrics[selection] |= to_json_values(spliced[selection])
+        theta = float(bt.processes.gather(sae.threshold().detach()).mean())
+        results.append({"run": str(folder), "tokens": sae.config.tokens, "k": sae.config.k,
+                        "theta_value": theta, "left_out": left_out, "eval_tokens": metrics.pop("tokens"),
+                        **metrics})
+    seconds = round(time.perf_counter() - started, 2)
+    return [{**result, "seconds": seconds} for result in results]
+
+def to_json_values(metrics):
+    """Metrics without tensors (the densities of single latents), and None for what is no finite number."""
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            found[name] = to_json_values(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            found[name] = None
+        elif not isinstance(value, torch.Tensor):
+            found[name] = value
+    return found
 
 # ---- latents ----
 
@@ -477,7 +734,7 @@ STUDIES = {  # what --study varies, unless an option says otherwise
 }
 
 @app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
-@functools.partial(config_options, lists=bt.OWN)
+@functools.partial(config_options, lists=OWN)
 def compare(
     preset: Preset = "tiny",
     study: Annotated[str, Option(help="What to vary: " + ", ".join(STUDIES) + ".")] = "methods",
@@ -496,7 +753,7 @@ def compare(
     options |= {"recipe": recipe, "change": change}
     given = {name: value for name, value in options.items() if value is not None}
     lists = {"activation": "batchtopk,topk,jumprelu", **STUDIES[study]}
-    lists |= {name: given.pop(name) for name in (*bt.OWN, "recipe", "change") if name in given}
+    lists |= {name: given.pop(name) for name in (*OWN, "recipe", "change") if name in given}
     values = {name: list(dict.fromkeys(map(str.strip, text.split(",")))) for name, text in lists.items()}
     names = [name for name in values if name == "activation" or len(values[name]) > 1]
     values["seed"] = list(map(str, range(seeds)))
@@ -522,7 +779,7 @@ def setting_config(preset, setting, given):
     recipe, change = texts.pop("recipe", "ours"), texts.pop("change", "none")
     if change != "none":
         name, _, texts[name] = change.partition("=")
-        bt.check_choice("field to change", name, bt.OWN)
+        bt.check_choice("field to change", name, OWN)
     for name, text in texts.items():
         values[name] = text
         with contextlib.suppress(ValueError):
@@ -531,7 +788,7 @@ def setting_config(preset, setting, given):
 
 def comparison_results(configs, folder):
     """Train and evaluate all configurations, continue that, or read what was found."""
-    bt.check_shared(configs)
+    check_shared(configs)
     begun = {path.parent.name: bt.Config.load(path.parent) for path in folder.glob("*/config.json")}
     for name, cfg in begun.items():
         asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos")  # by the run, as it began

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import batchtopk as bt
+import cli
 from conftest import SMALL, Largest
 
 @pytest.fixture(scope="module")
@@ -412,7 +413,7 @@ def configs(data):
 def finished(lm, data, tmp_path_factory):
     """A comparison that was never interrupted: folder, results, and the tokens seen after each batch."""
     folder, seen = tmp_path_factory.mktemp("runs") / "once", []
-    results = bt.train_runs(configs(data), lm, folder, on_step=lambda tokens, stats: seen.append(tokens))
+    results = cli.train_runs(configs(data), lm, folder, on_step=lambda tokens, stats: seen.append(tokens))
     return folder, results, seen
 
 def assert_same_run(folder, other):
@@ -429,7 +430,7 @@ def stop_after(n, seen):
 
 def test_saes_trained_together_are_those_trained_alone(lm, data, finished, tmp_path):
     folder, together, seen = finished
-    alone = bt.train_runs({"": configs(data)["token"]}, lm, tmp_path / "alone")
+    alone = cli.train_runs({"": configs(data)["token"]}, lm, tmp_path / "alone")
     assert_same_run(tmp_path / "alone", folder / "token")
     assert together[2]["theta"] == alone[0]["theta"] and alone[0]["run"] == str(tmp_path / "alone")
     assert [result["run"] for result in together] == [str(folder / name) for name in configs(data)]
@@ -443,7 +444,7 @@ def test_a_run_leaves_its_metrics_and_reports_them(lm, finished):
         held_out = [r["held_out"]["batch"]["fvu"] for r in records if "held_out" in r]
         assert len(held_out) == 10 and held_out[-1] < held_out[0] and "held_out" in records[-1]
         sae = bt.SAE.load(folder / name)
-        again = {**bt.evaluate_runs({folder / name: sae}, lm)[0], "seconds": result["seconds"]}
+        again = {**cli.evaluate_runs({folder / name: sae}, lm)[0], "seconds": result["seconds"]}
         assert again == {key: result[key] for key in again} and result["tokens"] == 3000
         assert result["dead"] == float(sae.is_dead().float().mean()) and result["step_seconds"] > 0
 
@@ -454,7 +455,7 @@ def test_cross_entropy_is_measured_on_a_bounded_number_of_contexts_from_all_held
     ids = ids_of(40, 32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bt, "edited_losses", lambda lm, ids, *_: seen.append(ids) or torch.ones(5, 2))
-        bt.evaluate_runs({"x": sae}, lm, (ids, torch.randn(99, 256)), lambda *done: told.append(done))
+        cli.evaluate_runs({"x": sae}, lm, (ids, torch.randn(99, 256)), lambda *done: told.append(done))
     assert torch.equal(torch.cat(seen), ids[::6]) and told[-1] == (7, 7)
 
 def test_what_no_sae_changes_is_computed_once_for_all_of_a_comparison(lm, finished, monkeypatch):
@@ -472,12 +473,12 @@ def test_an_interrupted_comparison_continues_to_the_same_end(lm, data, finished,
     """Interrupted between two steps, and once more in the evaluation."""
     seen, folder = [], tmp_path / "twice"
     with pytest.raises(KeyboardInterrupt):
-        bt.train_runs(configs(data), lm, folder, on_step=stop_after(9, seen))
+        cli.train_runs(configs(data), lm, folder, on_step=stop_after(9, seen))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(bt, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))
-        bt.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
-    assert bt.saved_states(folder) == [(1, 3000)]
-    results = bt.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
+        patch.setattr(cli, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))
+        cli.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
+    assert cli.saved_states(folder) == [(1, 3000)]
+    results = cli.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
     assert seen == finished[2] and [r["theta"] for r in results] == [r["theta"] for r in finished[1]]
     assert_same_run(folder, finished[0])
 
@@ -490,14 +491,14 @@ def test_an_interrupt_within_a_step_keeps_the_last_good_checkpoint(lm, data, fin
             raise KeyboardInterrupt
         return step(trainer, x)
     with pytest.raises(KeyboardInterrupt):
-        bt.train_runs(configs(data), lm, folder, on_step=stop_after(4, []))
+        cli.train_runs(configs(data), lm, folder, on_step=stop_after(4, []))
     [state] = folder.glob("state-*")
     before = state.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(bt.Trainer, "step", stop)
-        bt.train_runs(configs(data), lm, folder, resume=True)
+        cli.train_runs(configs(data), lm, folder, resume=True)
     assert state.read_bytes() == before
-    bt.train_runs(configs(data), lm, folder, resume=True)
+    cli.train_runs(configs(data), lm, folder, resume=True)
     assert_same_run(folder, finished[0])
 
 def test_a_run_whose_data_set_fails_is_saved_and_continues_when_it_is_mended(lm, tmp_path, monkeypatch):
@@ -510,14 +511,14 @@ def test_a_run_whose_data_set_fails_is_saved_and_continues_when_it_is_mended(lm,
     bad[900] = '{"text": "never clos\n'
     monkeypatch.setattr(bt, "TEXT_SHUFFLE", 16)
     cfg = dataclasses.replace(configs(str(path))["batch"], tokens=8_000, eval_tokens=60)
-    bt.train_runs({"": cfg}, lm, tmp_path / "once")
+    cli.train_runs({"": cfg}, lm, tmp_path / "once")
     path.write_text("".join(bad))
     with pytest.raises(bt.Unavailable, match="a.jsonl.* could not be read"):
-        bt.train_runs({"": cfg}, lm, tmp_path / "twice")
-    [(_, tokens)] = bt.saved_states(tmp_path / "twice")
+        cli.train_runs({"": cfg}, lm, tmp_path / "twice")
+    [(_, tokens)] = cli.saved_states(tmp_path / "twice")
     assert 2_000 < tokens < 8_000
     path.write_text(good)
-    bt.train_runs({"": cfg}, lm, tmp_path / "twice", resume=True)
+    cli.train_runs({"": cfg}, lm, tmp_path / "twice", resume=True)
     assert_same_run(tmp_path / "twice", tmp_path / "once")
 
 def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it_everywhere(lm, data, tmp_path, monkeypatch):
@@ -534,7 +535,7 @@ def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it_everywhere(l
     results = {}
     for max_norm in (10, 0):
         own = dataclasses.replace(cfg, max_norm=max_norm)
-        [results[max_norm]] = bt.train_runs({"": own}, lm, tmp_path / str(max_norm))
+        [results[max_norm]] = cli.train_runs({"": own}, lm, tmp_path / str(max_norm))
         config = bt.SAE.load(tmp_path / str(max_norm)).config
         assert (config.norm_limit > 0) == (max_norm > 0) and config.prepend_bos
         assert (max(seen) > 1000) == (max_norm == 0)
@@ -552,10 +553,10 @@ def test_what_cannot_share_activations_or_a_folder_is_refused(lm, data, finished
     for changes, said in ((dict(layer=1), "layer"), (dict(batch_size=100), "batch_size")):
         other = {"other": dataclasses.replace(first["batch"], **changes)}
         with pytest.raises(bt.InputError, match=f"other cannot be trained beside the others.*{said}"):
-            bt.train_runs({**first, **other}, lm, tmp_path / "new")
+            cli.train_runs({**first, **other}, lm, tmp_path / "new")
     for name, resume, said in (("", 0, "exists"), ("batch", 1, "is finished")):
         with pytest.raises(bt.Unavailable, match=said):
-            bt.train_runs(first, lm, finished[0] / name, resume=resume)
+            cli.train_runs(first, lm, finished[0] / name, resume=resume)
     assert not list(tmp_path.iterdir())
 
 # Evaluation in the model, and devices
@@ -647,10 +648,10 @@ def test_a_run_keeps_to_its_device(lm, data, tmp_path, accelerator, step, activa
     """None of this was ever run on a GPU. What it computes there is what it computes on the CPU."""
     cfg = dataclasses.replace(configs(data)["batch"], tokens=400, batch_size=200, buffer_tokens=400,
                               dead_tokens=150, eval_tokens=100, step=step, activation=activation)
-    near = bt.train_runs({"": cfg}, lm, tmp_path / "near")[0]
+    near = cli.train_runs({"": cfg}, lm, tmp_path / "near")[0]
     far = bt.LanguageModel("tiny-gpt2", 2, device=accelerator)
     assert far.is_kept(torch.ones(2, 3, dtype=torch.int64)).device == FAR
-    result = bt.train_runs({"": dataclasses.replace(cfg, device="far")}, far, tmp_path / "far")[0]
+    result = cli.train_runs({"": dataclasses.replace(cfg, device="far")}, far, tmp_path / "far")[0]
     assert result["theta"]["fvu"] == pytest.approx(near["theta"]["fvu"], rel=1e-3)
     assert result["theta"]["ce_sae"] == pytest.approx(near["theta"]["ce_sae"], rel=1e-3)
     sae, x = bt.SAE.load(tmp_path / "far", device=FAR), torch.randn(20, 256)
@@ -666,5 +667,5 @@ def test_a_run_on_a_gpu_is_the_run_on_a_cpu(data, tmp_path):
     for device in ("cpu", "cuda"):
         cfg = dataclasses.replace(configs(data)["batch"], device=device, model_dtype="float32")
         lm = bt.LanguageModel.from_config(cfg)
-        results += bt.train_runs({"": cfg}, lm, tmp_path / device)
+        results += cli.train_runs({"": cfg}, lm, tmp_path / device)
     assert results[1]["theta"]["fvu"] == pytest.approx(results[0]["theta"]["fvu"], rel=1e-2)

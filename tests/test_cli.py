@@ -129,12 +129,22 @@ def test_options_reach_the_configuration(tmp_path):
         ("--dataset", "nowhere.jsonl"), ("--model", "/nowhere/model"))),
     (["train", "--resume", "nowhere", "--k", "3"], 2, "leave out"),
     (["train", "--context", 4096], 2, "context is 4096; the model reads at most 128"),
-    *((["train", f"--{name}", 10**9], 2, "GB of memory") for name in ("n-latents", "buffer-tokens"))])
+    (["train", "--n-latents", 10**7, "--tokens", 2000], 2, "GB of disk")])
 def test_a_mistake_ends_in_one_line_that_names_it(arguments, code, said, tmp_path):
     result = invoke(*arguments, *(["--out", tmp_path / "runs"] if arguments[0] == "train" else []))
     assert result.exit_code == code, result.output
     assert re.fullmatch(f"error: .*{said}.*\n", result.stderr), result.stderr
     assert result.stdout == "" and not list(tmp_path.glob("runs/*"))
+
+def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, monkeypatch):
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nOf the allocated …")
+    for trainer in (full, lambda cfg: torch.empty(1 << 60)):
+        monkeypatch.setattr(bt, "Trainer", trainer)
+        result = invoke("train", "--out", tmp_path / "runs", *options())
+        assert result.exit_code == 2
+        assert re.fullmatch("error: out of memory; lower --n-latents, .*\n", result.stderr), result.stderr
+        assert not list(tmp_path.glob("runs/*"))
 
 def test_a_run_name_in_use_is_refused_and_left_alone(run):
     before = {p: p.read_bytes() for p in run[0].iterdir()}
@@ -156,7 +166,7 @@ def test_a_damaged_evaluation_is_refused_in_a_line(run, tmp_path):
 
 def test_no_number_is_null_in_json_and_said_in_the_table(run, capsys):
     metrics = {**run[1], "theta": {**run[1]["theta"], "ce_recovered": math.nan}}
-    result = {**metrics, **bt.to_json_values(metrics)}
+    result = {**metrics, **cli.to_json_values(metrics)}
     assert json.loads(json.dumps(result, allow_nan=False))["theta"]["ce_recovered"] is None
     cli.show_metrics(result, as_json=False)
 
@@ -192,9 +202,9 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     assert result.exit_code == 130 and said in result.stderr and not (again / "sae.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
-    monkeypatch.setattr(bt, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))  # after its last step
+    monkeypatch.setattr(cli, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))  # after its last step
     result = invoke("train", "--resume", again)
-    assert result.exit_code == 130 and said in result.stderr and bt.saved_states(again)
+    assert result.exit_code == 130 and said in result.stderr and cli.saved_states(again)
     monkeypatch.undo()
     assert f"{again}: 4,000 tokens of training" in invoke("train", "--resume", again).stdout
     for name in ("config.json", "metrics.jsonl", "sae.safetensors"):
@@ -211,7 +221,7 @@ def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued
     stdout, stderr = process.communicate(timeout=60)
     said = "stopping after this step\nsaved; continue.*\n"
     assert process.returncode == code and stdout == "" and re.fullmatch(said, stderr), stderr
-    assert bt.saved_states(tmp_path / "tiny")
+    assert cli.saved_states(tmp_path / "tiny")
 
 @pytest.mark.slow
 def test_a_malformed_line_met_in_training_ends_in_one_line_and_the_run_is_saved(tmp_path):
@@ -222,7 +232,7 @@ def test_a_malformed_line_met_in_training_ends_in_one_line_and_the_run_is_saved(
     stderr = spawn("train", "--out", tmp_path, *settings).communicate(timeout=120)[1]
     said = f"256 latents.*\nerror: .*text.jsonl.*; continue with: .* --resume {tmp_path / 'tiny'}\n"
     assert re.fullmatch(said, stderr), stderr
-    assert bt.saved_states(tmp_path / "tiny")
+    assert cli.saved_states(tmp_path / "tiny")
 
 def test_prose_wraps_at_words_in_a_terminal_and_stays_one_line_elsewhere():
     for terminal in (True, False):
@@ -266,7 +276,7 @@ def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, mon
     monkeypatch.setattr(cli, "comparison_results", lambda configs, folder: seen.update(configs) or 1 / 0)
     invoke("compare", "--study", study, "--seeds", 1)
     assert len(seen) == len({cfg.to_json() for cfg in seen.values()}) > 1
-    assert bt.check_shared(seen) in seen.values()
+    assert cli.check_shared(seen) in seen.values()
     if study == "recipe":
         ours, paper = (seen[f"batchtopk-recipe={name}-seed=0"] for name in ("ours", "paper"))
         assert paper == dataclasses.replace(ours, **bt.RECIPES["paper"])

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 import batchtopk as bt
+import cli
 from conftest import SMALL, same_tensors
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def cfg(tmp_path_factory):
 def finished(lm, cfg, tmp_path_factory):
     """A run that nothing interrupted, with two SAEs."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    bt.train_runs(two(cfg), lm, folder)
+    cli.train_runs(two(cfg), lm, folder)
     return folder
 
 def two(cfg):
@@ -69,11 +70,11 @@ def test_a_run_killed_at_any_write_is_resumed_to_the_same_end(lm, cfg, finished,
     while left:  # from the last saved state to the end there are eight writes
         with monkeypatch.context() as patch, pytest.raises(Killed):
             names = kill_at(1 + kills // 2 % 8, kills % 2, patch)
-            bt.train_runs(two(cfg), lm, folder, resume=begun)
+            cli.train_runs(two(cfg), lm, folder, resume=begun)
         left.discard((names[-1], kills % 2))
         kills, begun = kills + 1, any(folder.glob("*/config.json"))
         assert kills < 60
-    bt.train_runs(two(cfg), lm, folder, resume=True)
+    cli.train_runs(two(cfg), lm, folder, resume=True)
     assert_same(folder, finished)
 
 def test_a_full_disk_costs_a_saved_state_but_not_the_run(lm, cfg, finished, tmp_path, monkeypatch):
@@ -84,22 +85,23 @@ def test_a_full_disk_costs_a_saved_state_but_not_the_run(lm, cfg, finished, tmp_
         n[0] += 1
         if n[0] in (1, 3):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        assert n[0] < 4 or bt.saved_states(tmp_path / "run") == [(1, 1024)], "the state before stays"
+        assert n[0] < 4 or cli.saved_states(tmp_path / "run") == [(1, 1024)], "the state before stays"
         save(path, *rest)
     monkeypatch.setattr(bt, "save_tensors", full_at_times)
     with pytest.warns(UserWarning, match="No space.*state-512-.*older than token 512"):
-        bt.train_runs(two(cfg), lm, tmp_path / "run")
+        cli.train_runs(two(cfg), lm, tmp_path / "run")
     assert_same(tmp_path / "run", finished)
     monkeypatch.undo()
     monkeypatch.setattr(bt.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full.*config.json"):
-        bt.train_runs(two(cfg), lm, tmp_path / "other")
+        cli.train_runs(two(cfg), lm, tmp_path / "other")
     assert not list((tmp_path / "other").rglob("*.*"))
 
 HOLD = """
-import batchtopk, pathlib, sys
+import pathlib, sys, batchtopk
 print({"transformers", "datasets", "typer", "rich", "safetensors"} & set(sys.modules))
-with batchtopk.locked(pathlib.Path(sys.argv[1])):
+import cli
+with cli.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     input()
 """
@@ -109,11 +111,42 @@ def test_two_processes_cannot_write_one_folder_and_the_module_imports_little(lm,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert [holder.stdout.readline() for _ in range(2)] == [b"set()\n", b"held\n"]
     with pytest.raises(bt.Unavailable, match="another process"):
-        bt.train_runs({"": cfg}, lm, tmp_path)
+        cli.train_runs({"": cfg}, lm, tmp_path)
     holder.kill()
     holder.wait()
-    with bt.locked(tmp_path):
+    with cli.locked(tmp_path):
         pass  # a lock dies with its process
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
+    """Through a file, before the first step, between initialize_ and the first step, and in the middle."""
+    cfg = bt.Config(d_model=48, n_latents=40, k=3, batch_size=16, dead_tokens=32, activation=activation,
+                    tokens=320, device="cpu")  # JumpReLU begins at 96
+    for begin in (lambda t: None, lambda t: t.initialize_(planted.batch(16, 0)),
+                  lambda t: [t.step(planted.batch(16, i)) for i in range(11)]):
+        straight, first, second = bt.Trainer(cfg), bt.Trainer(cfg), bt.Trainer(cfg)
+        begin(straight), begin(first)
+        cli.save_state(tmp_path, {"": first}, {"": 7.0}, (1, 2, 3, 4), {})
+        seconds = {"": 0.0}
+        assert cli.load_state_(tmp_path, {"": second}, seconds) == (first.tokens_seen, (1, 2, 3, 4), {})
+        assert seconds == {"": 7.0}
+        for i in range(11, 20):
+            stats = second.step(planted.batch(16, i))
+            assert stats == straight.step(planted.batch(16, i))
+        assert same_tensors(bt.trainer_state(second), bt.trainer_state(straight))
+    assert stats.dead
+    del second.moments["updates"]
+    cli.save_state(tmp_path, {"": second}, {}, (1, 2, 3, 4), {})
+    for changes, said in (({}, "another version"), ({"n_latents": 41}, "does not belong to its config")):
+        with pytest.raises(bt.InputError, match=said):
+            cli.load_state_(tmp_path, {"": bt.Trainer(dataclasses.replace(cfg, **changes))}, {})
+
+def test_what_a_state_would_not_hold_is_noticed():
+    """Bug waiting to happen: what was no number was left out of saved states without a word."""
+    trainer = bt.Trainer(bt.Config(d_model=4, n_latents=8, k=1, device="cpu"))
+    trainer.history = []
+    with pytest.raises(AssertionError, match="history is a .*list"):
+        bt.trainer_state(trainer)
 
 # Files that were changed
 
@@ -182,7 +215,7 @@ def test_a_changed_file_of_a_run_is_refused_in_a_line_that_names_it(finished, tm
 
 def test_a_changed_state_is_refused_and_changed_metrics_are_written_again(lm, cfg, finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        bt.train_runs({"": cfg}, lm, tmp_path, on_step=lambda tokens, stats: tokens > 1200)
+        cli.train_runs({"": cfg}, lm, tmp_path, on_step=lambda tokens, stats: tokens > 1200)
     [state], text = tmp_path.glob("state-*"), repr({"": bt.Config.load(tmp_path)})
     expected, n = bt.load_tensors(state, text), int(os.environ.get("MUTANTS", 600))
     whole, refused = state.read_bytes(), 0
@@ -195,7 +228,7 @@ def test_a_changed_state_is_refused_and_changed_metrics_are_written_again(lm, cf
     assert refused > 0.95 * n
     state.write_bytes(whole)
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff[")
-    bt.train_runs({"": cfg}, lm, tmp_path, resume=True)
+    cli.train_runs({"": cfg}, lm, tmp_path, resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "a" / "metrics.jsonl").read_bytes()
 
 @pytest.mark.slow

@@ -674,27 +674,6 @@ def test_a_refused_batch_leaves_the_trainer_as_it_was(planted, step):
         assert stats == twin.step(planted.batch(16, i))
     assert stats.dead and same_tensors(bt.trainer_state(trainer), bt.trainer_state(twin))
 
-@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
-def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
-    """Through a file, before the first step, between initialize_ and the first step, and in the middle."""
-    cfg = config(d_model=48, dead_tokens=32, activation=activation, tokens=320)  # JumpReLU begins at 96
-    for begin in (lambda t: None, lambda t: t.initialize_(planted.batch(16, 0)),
-                  lambda t: [t.step(planted.batch(16, i)) for i in range(11)]):
-        straight, first, second = bt.Trainer(cfg), bt.Trainer(cfg), bt.Trainer(cfg)
-        begin(straight), begin(first)
-        bt.save_state(tmp_path, {"": first}, (1, 2, 3, 4), {})
-        assert bt.load_state_(tmp_path, {"": second}) == (first.tokens_seen, (1, 2, 3, 4), {})
-        for i in range(11, 20):
-            stats = second.step(planted.batch(16, i))
-            assert stats == straight.step(planted.batch(16, i))
-        assert same_tensors(bt.trainer_state(second), bt.trainer_state(straight))
-    assert stats.dead
-    del second.moments["updates"]
-    bt.save_state(tmp_path, {"": second}, (1, 2, 3, 4), {})
-    for changes, said in (({}, "another version"), ({"n_latents": 41}, "does not belong to its config")):
-        with pytest.raises(bt.InputError, match=said):
-            bt.load_state_(tmp_path, {"": bt.Trainer(dataclasses.replace(cfg, **changes))})
-
 # Evaluation
 
 @pytest.mark.parametrize("selection", ["batch", "theta"])

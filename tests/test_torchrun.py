@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import batchtopk as bt
+import cli
 from conftest import Planted
 from test_cli import FILES, ROOT, invoke, options
 
@@ -142,7 +143,7 @@ def test_latents_that_cannot_be_shared_are_refused_in_one_line(tmp_path):
     assert process.returncode and said.count("error: ") == 1 and "255 only if it is a multiple of 2" in said
 
 def tokens_saved(folder):
-    return max([tokens for _, tokens in bt.saved_states(folder)], default=0)
+    return max([tokens for _, tokens in cli.saved_states(folder)], default=0)
 
 def wait_for(condition, process):
     for _ in range(3000):
