@@ -944,7 +944,8 @@ class LanguageModel:
         try:
             self.run(ids, take)
         except SiteReached as reached:
-            if isinstance(h := reached.args[0], Tensor) and h.shape[:2] == ids.shape and h.ndim == 3:
+            h = reached.args[0]
+            if isinstance(h, Tensor) and h.shape[:2] == ids.shape and h.ndim == 3:
                 return h
         raise InputError("the module at this site returns no tensor [n, T, D]; choose another")
 
@@ -1069,7 +1070,8 @@ def column_texts(cfg, kind):
             raise
         rows = load(revision="refs/convert/parquet")
     for i, row in enumerate(rows):
-        if not isinstance(text := row.get(cfg.text_column), str):
+        text = row.get(cfg.text_column)
+        if not isinstance(text, str):
             raise InputError(f"row {i} of {cfg.dataset!r} has no text in column {cfg.text_column!r}; its "
                              f"columns are: {', '.join(row)}")
         yield text
@@ -1431,7 +1433,8 @@ def torchscript_files(sae, x, dtype):
     f, found = torch.cat(pairs, 1)  # [m]: the entries that are active in either
     flips = (f == 0) | (found == 0)
     difference = (found - f).masked_fill(flips, 0.0)
-    decoded, expected = encoder.decode(few := sae.encode(x[:256])), sae.decode(few)
+    few = sae.encode(x[:256])
+    decoded, expected = encoder.decode(few), sae.decode(few)
     tolerance = 1e-3 if dtype == torch.float32 else 0.05  # float16 flips entries close to θ
     if not (difference.norm() <= tolerance * f.norm() and flips.sum() <= 1 + tolerance * len(f)
             and (decoded - expected).norm() <= tolerance * expected.norm()):
@@ -1465,7 +1468,8 @@ def dictionary_learning_files(sae, *_):
     tensors = {"b_dec": sae.b_dec, "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
                "decoder.weight": sae.W_dec.T, "k": torch.tensor(int(cfg.k), dtype=torch.int32),
                "threshold": torch.tensor(-1.0) if topk else sae.theta}
-    torch.save({name: t.detach().contiguous() for name, t in tensors.items()}, file := io.BytesIO())
+    file = io.BytesIO()
+    torch.save({name: t.detach().contiguous() for name, t in tensors.items()}, file)
     trainer = dict(trainer_class="TopKTrainer" if topk else "BatchTopKTrainer", k=int(cfg.k), layer=cfg.layer,
                    dict_class="AutoEncoderTopK" if topk else "BatchTopKSAE", activation_dim=cfg.d_model,
                    dict_size=cfg.n_latents, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
@@ -1497,7 +1501,8 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
         generator, size = torch.Generator().manual_seed(0), (256, math.ceil(sae.config.k))
         latents = torch.randint(len(sae.b_enc), size, generator=generator)
         x = sae.b_dec + 2 * theta.mean() * sae.W_dec[latents].sum(1)
-    active = len(sae.encode_sparse(x := x.cpu())[1])
+    x = x.cpu()
+    active = len(sae.encode_sparse(x)[1])
     for fine, what in [(all(t.isfinite().all() for t in sae.parameters()), "weights that are not finite"),
                        ((sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01, "decoder rows without norm 1"),
                        (theta.isfinite().all() and theta.min() > 0, f"a threshold of {theta.min():g}")]:
