@@ -336,14 +336,16 @@ def test_the_search_is_a_sort_of_all_entries_wherever_it_starts(n_rows, factor, 
 
 def test_bfloat16_misses_no_entry_however_large_the_biases_are():
     """Bug here once: the margin was a share of the threshold, while rounding errs by one of the product."""
-    sae, x, b_enc = random_sae(config(n_latents=2048)), 20 * randn(64, 12, seed=1), -40.0
+    sae, x, n = bt.SAE(config(d_model=64, n_latents=2048)), 18.5 * randn(256, 64, seed=1), 8192
     with torch.no_grad():
-        sae.b_enc.fill_(b_enc)
-    exact = bt.find_entries(sae, x, 0.0, 2048)
-    for hint, n in ((0.0, 2048), (0.95 * float(exact[2].min()), 2048), (float(exact[2].min()) * 0.999, None)):
-        found = bt.find_entries(sae, x, hint, n, torch.bfloat16)
-        assert len(found[0]) >= 2048 and {*zip(*map(torch.Tensor.tolist, exact[:2]))} <= {
-            *zip(*map(torch.Tensor.tolist, found[:2]))}
+        sae.b_enc.fill_(-40.0)
+    latent, row, value = bt.find_entries(sae, x, 0.0, n)
+    expected, threshold = {*zip(latent.tolist(), row.tolist())}, float(value.min())
+    assert len(expected) == n and threshold < 0.5, "while the products are beyond 40"
+    for hint, number in ((0.0, n), (0.95 * threshold, n), (0.95 * threshold, None)):
+        latent, row, _ = bt.find_entries(sae, x, hint, number, torch.bfloat16)
+        missed = expected - {*zip(latent.tolist(), row.tolist())}
+        assert not missed, f"{len(missed)} entries from {hint}"
 
 def test_the_first_search_holds_few_entries(monkeypatch):
     """Without a hint half of all entries are positive; the threshold rises before the chunks grow."""
