@@ -1114,8 +1114,8 @@ def too_little_text(cfg):
     is_text = Path(cfg.dataset).suffix.lower() in TEXT_FILES
     rule = ", divided by lines of white space (without any each line is one)" if is_text else ""
     where = "" if is_text else f" in column {cfg.text_column!r}"
-    return (f"dataset {cfg.dataset!r} has too little text{where}: {found} documents{rule}; every 20th is held "
-            "out; give more or longer ones")
+    return (f"dataset {cfg.dataset!r} has too little text{where}: {found} documents{rule}; every 20th is "
+            "held out; give more or longer ones")
 
 class Position(NamedTuple):
     """Where training stands in the text."""
@@ -1227,8 +1227,9 @@ def outliers(x: Tensor, max_norm: float) -> LeftOut:
     kept = (x[~out] - x[~out].mean(0)).square().sum(1).double()
     largest = kept.topk(len(kept) // 100).values
     if largest.sum() > kept.sum() / 2:
-        warnings.warn(f"{float(largest.sum() / kept.sum()):.0%} of the variance is that of 1 % of the tokens; "
-                      "the SAE will mostly learn these; a lower max_norm leaves them out")
+        share = float(largest.sum() / kept.sum())
+        warnings.warn(f"{share:.0%} of the variance is that of 1 % of the tokens; the SAE will mostly learn "
+                      "these; a lower max_norm leaves them out")
     return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
 
 # ---- 10. Evaluation ------------------------------------------

@@ -246,8 +246,8 @@ def left_out(lm):
     if not lm.left_out:
         return ""
     limit, tokens, variance = lm.left_out
-    return (f"; {tokens:.2%} of the tokens are left out, with {variance:.1%} of the variance: their norms are "
-            f"over {limit:.4g}")
+    return (f"; {tokens:.2%} of the tokens are left out, with {variance:.1%} of the variance: their norms "
+            f"are over {limit:.4g}")
 
 def read_evaluation(run):
     """What train_runs found of a run."""
@@ -270,7 +270,7 @@ def free_folder(parent, name):
 @app.command("eval", epilog="Example: python cli.py eval runs/tiny --json")
 def evaluate(
     run: Run,
-    ce_contexts: Annotated[int | None, Option(help="Contexts for cross-entropy [default: the run's].", min=1)] = None,
+    ce_contexts: Annotated[int | None, Option(help="As for `train`; by default the run's.", min=1)] = None,
     device: Device = bt.Config.device,
     as_json: Json = False,
 ):

@@ -227,7 +227,8 @@ def test_every_context_begins_with_the_begin_token_and_documents_follow_in_order
     assert ids == joined[: len(ids)]
 
 @pytest.mark.parametrize("bos, eos, expected", [
-    (1, 2, [[1, 5, 6, 7], [1, 8, 9, 1], [1, 10, 11, 1]]), (None, 2, [[2, 5, 6, 7], [2, 8, 9, 2], [2, 10, 11, 2]]),
+    (1, 2, [[1, 5, 6, 7], [1, 8, 9, 1], [1, 10, 11, 1]]),
+    (None, 2, [[2, 5, 6, 7], [2, 8, 9, 2], [2, 10, 11, 2]]),
     (None, None, [[5, 6, 7, 8], [9, 10, 11, 12]])])
 def test_contexts_begin_with_the_begin_token_else_the_end_token_else_with_text(bos, eos, expected):
     tokenizer = types.SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
@@ -245,7 +246,8 @@ def test_held_out_text_is_of_many_documents_other_ones_for_calibration_than_for_
         of_long = (ids == one).sum(1) > 8  # contexts from a long document
         runs = [sum(1 for _ in group) for long, group in itertools.groupby(of_long.tolist()) if long]
         assert len(runs) > 3 and max(runs) <= 5, "5 of 130 contexts are 4 %"
-    few = small(dataset=write_texts(tmp_path, [short] * 19 + [" ".join(lines(3000))]), context=32, eval_tokens=4000)
+    texts = [short] * 19 + [" ".join(lines(3000))]
+    few = small(dataset=write_texts(tmp_path, texts), context=32, eval_tokens=4000)
     a, b = bt.held_out_contexts(few, lm.tokenizer)  # a single held-out document is divided
     assert len(a) == len(b) == 130 and not {*map(tuple, a.tolist())} & {*map(tuple, b.tolist())}
 
@@ -381,7 +383,8 @@ def test_a_few_tokens_that_hold_half_the_variance_are_warned_of():
 def test_nan_activations_are_not_left_out_silently(lm):
     model = SinkModel(lm.tokenizer)
     model.norm_limit, model.activations = 5.0, lambda ids: torch.full((*ids.shape, 8), torch.nan)
-    assert model.kept_activations(ids_of())[0].isnan().all() and len(model.kept_activations(ids_of())[0]) == 4 * 31
+    x, _ = model.kept_activations(ids_of())
+    assert x.isnan().all() and len(x) == 4 * 31
 
 def test_splicing_leaves_tokens_beyond_the_limit_as_they_are(lm):
     ids, model = ids_of(), bt.LanguageModel("tiny-gpt2", 2, device="cpu")
@@ -521,7 +524,7 @@ def test_a_run_whose_data_set_fails_is_saved_and_continues_when_it_is_mended(lm,
     cli.train_runs({"": cfg}, lm, tmp_path / "twice", resume=True)
     assert_same_run(tmp_path / "twice", tmp_path / "once")
 
-def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it_everywhere(lm, data, tmp_path, monkeypatch):
+def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it(lm, data, tmp_path, monkeypatch):
     """Position 1 of some contexts is made a hundred times larger: the tokens that real models have."""
     activations = lm.activations
 
@@ -531,7 +534,11 @@ def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it_everywhere(l
         return h
     monkeypatch.setattr(lm, "activations", with_sinks)
     cfg, seen, step = configs(data)["batch"], [], bt.Trainer.step
-    monkeypatch.setattr(bt.Trainer, "step", lambda trainer, x: seen.append(x.norm(dim=1).max()) or step(trainer, x))
+
+    def watched(trainer, x):
+        seen.append(float(x.norm(dim=1).max()))
+        return step(trainer, x)
+    monkeypatch.setattr(bt.Trainer, "step", watched)
     results = {}
     for max_norm in (10, 0):
         own = dataclasses.replace(cfg, max_norm=max_norm)

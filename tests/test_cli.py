@@ -118,7 +118,8 @@ def test_options_reach_the_configuration(tmp_path):
     (["train", "--device", "meta"], 2, "'meta'; choose one of"), (["train", "--beta2", 0], 2, "beta2"),
     (["train", "--tokens", 1], 2, "tokens is 1; give a whole number from 2"),
     (["train", "--preset", "huge"], 2, "'huge'.*tiny, gpt2-small, gemma-2-2b"),
-    (["train", "--layer", 4], 2, "no module 'transformer.h.4'"), (["train", "--module", "h.x"], 2, "no module 'h.x'"),
+    (["train", "--layer", 4], 2, "no module 'transformer.h.4'"),
+    (["train", "--module", "h.x"], 2, "no module 'h.x'"),
     (["train", "--module", "transformer"], 2, "no tensor"), (["train", "--seed", 10**20], 2, "seed is"),
     (["train", "--expansion", 2, "--n-latents", 64], 2, "one of them"),
     *((["train", "--name", name, "--model", "nowhere"], 2, "one folder")
@@ -202,7 +203,8 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     assert result.exit_code == 130 and said in result.stderr and not (again / "sae.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
-    monkeypatch.setattr(cli, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))  # after its last step
+    after_its_last_step = lambda *_: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(cli, "evaluate_runs", after_its_last_step)
     result = invoke("train", "--resume", again)
     assert result.exit_code == 130 and said in result.stderr and cli.saved_states(again)
     monkeypatch.undo()

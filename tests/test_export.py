@@ -144,7 +144,8 @@ def test_what_decode_sparse_would_get_wrong_is_refused(sae, planted, tmp_path):
     (indices, values), n = exported.encode_sparse(planted.batch(30, 69)), 30
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
     for i, v, rows, said in ((indices[:, order], values[order], n, "do not ascend"),
-                             (indices, values, n - 1, "not below n_rows"), (indices - 1, values, n, "n_rows")):
+                             (indices, values, n - 1, "not below n_rows"),
+                             (indices - 1, values, n, "not below n_rows")):
         with pytest.raises(Exception, match=said):
             exported.decode_sparse(i, v, rows)
     assert exported.decode_sparse(indices[:, :0], values[:0], 2).shape == (2, 48)
@@ -291,7 +292,7 @@ def test_other_formats_hold_the_sae_or_are_refused(planted, normalize, activatio
     cfg = json.loads((tmp_path / "saelens/cfg.json").read_text())
     t = safetensors.torch.load_file(tmp_path / "saelens/sae_weights.safetensors")
     assert t["W_enc"].shape == (48, 128) and cfg["d_in"] == 48
-    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["prepend_bos"] is True
+    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["prepend_bos"]
     if normalize == "token":
         assert cfg["normalize_activations"] == "layer_norm"
         x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)

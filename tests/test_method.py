@@ -485,8 +485,9 @@ def test_modes_that_are_on_outside_change_nothing(mode, activation, step, plante
         trainer = bt.Trainer(cfg)
         aux = max(trainer.step(x).aux for x in batches[:12])
         bt.calibrate(trainer.sae, batches)
-        results = trainer.sae.encode(batches[0]), *trainer.sae.encode_sparse(batches[0]), trainer.sae(batches[0])
-        return trainer.sae.state_dict(), aux, [t.detach() for t in results], bt.evaluate(trainer.sae, batches)
+        sae, x = trainer.sae, batches[0]
+        results = [t.detach() for t in (sae.encode(x), *sae.encode_sparse(x), sae(x))]
+        return sae.state_dict(), aux, results, bt.evaluate(sae, batches)
     batches = [planted.batch(16, i) for i in range(20)]
     state, aux, results, metrics = run(batches)
     with mode():
