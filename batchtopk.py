@@ -103,7 +103,7 @@ class Config:
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
     prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
-    max_norm: float = option(10, "leave out tokens whose norm is over this multiple of the median; 0: none")
+    max_norm: float = option(5, "leave out tokens whose norm is over this multiple of the median; 0: none")
     norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
     model_batch: int = option(32, "contexts in one forward pass of the model", low=1)
     buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
