@@ -337,18 +337,27 @@ class Trainer:
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)  # not 0 at first
         return peak * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
+    def stored(self, name: str) -> list[Tensor]:
+        """A parameter, and Adam's mean, mean square and number of the gradients that each of its rows has had."""
+        return [getattr(self.sae, name).data, *self.adam[name]]
+
     @torch.no_grad()
-    def update_(self, name: str, g: Tensor, rows: Tensor | slice = slice(None)):
-        """One step of Adam (Kingma & Ba 2015) on some rows of a parameter, by default all, with gradient g.
+    def update_(self, name: str, g: Tensor, rows: Tensor):
+        """One step of Adam on those rows [m] of a parameter that got a gradient, g [m, …].
 
         The others stay as they are, moments included ("lazy", as in torch.optim.SparseAdam): Adam on all rows
         would shrink a rare latent's moments to nothing between two tokens on which it fires.
         """
+        taken = [t.index_select(0, rows) for t in self.stored(name)]
+        self.adam_(name, g, *taken)
+        for old, new in zip(self.stored(name), taken):
+            old.index_copy_(0, rows, new)
+
+    def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, n: Tensor):
+        """Adam (Kingma & Ba 2015) in place. W, mean, square, n: rows of what is stored for a parameter."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
         epsilon = 1e-8 * self.x_std**2 / unit  # in the unit of the gradient: the loss's over the parameter's
-        stored = getattr(self.sae, name).data, *self.adam[name]
-        W, mean, square, n = taken = [t[rows] for t in stored]
         if name == "W_dec":  # the gradient's part along a row would change the row's norm
             g = g.addcmul(W, (g * W).sum(1, keepdim=True), value=-1)
         n += 1
@@ -357,8 +366,6 @@ class Trainer:
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-lr)
         if name == "W_dec":
             W.div_(W.norm(dim=1, keepdim=True))
-        for old, new in zip(stored, taken):
-            old[rows] = new
 
 def plain_step(trainer: Trainer, x: Tensor):
     """One step on x [B, D] (see SAE.as_rows). Returns loss, mse, aux, l0, dead, threshold as in StepStats."""
@@ -370,8 +377,10 @@ def plain_step(trainer: Trainer, x: Tensor):
     gradient = dict(zip(names, gradients))
     learning = gradient["W_dec"].any(1).nonzero().squeeze(1)  # latents that were active, or in L_aux
     for name, g in gradient.items():
-        rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
-        trainer.update_(name, g[rows], rows)
+        if name in ("W_enc", "W_dec", "b_enc"):
+            trainer.update_(name, g[learning], learning)
+        else:
+            trainer.adam_(name, g, *trainer.stored(name))
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
     l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
@@ -553,8 +562,8 @@ def sparse_step(trainer: Trainer, x: Tensor):
     d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)
     d_b_dec = g.sum(0) - processes.sum_(d_b_enc @ sae.W_enc)  # the encoder's share is a vector times a matrix
     for name, d in own_gradients(d_f).items():
-        trainer.update_(name, d)
-    trainer.update_("b_dec", d_b_dec + d_aux.b_dec)
+        trainer.adam_(name, d, *trainer.stored(name))
+    trainer.adam_("b_dec", d_b_dec + d_aux.b_dec, *trainer.stored("b_dec"))
     d_b_enc.index_add_(0, d_aux.dead, d_aux.b_enc)
     update_latents_(trainer, (latent, row, value, d_value), centred, g, d_b_enc, d_aux)
     # Counters
@@ -716,22 +725,33 @@ def update_latents_(trainer, entries, centred, g, d_b_enc, d_aux):
     learning = torch.zeros_like(d_b_enc, dtype=torch.bool)
     learning[latent[value > 0]] = True
     learning[d_aux.dead] = True
-    rows = learning.nonzero().squeeze(1)
-    starts = torch.searchsorted(latent, torch.cat([rows, rows.new_tensor([len(learning)])]))
     size = UPDATE_ENTRIES[g.device.type] // g.shape[1] + 1
-    for first in range(0, len(rows), size):
-        block, groups = rows[first : first + size], starts[first : first + size + 1]
-        mine = slice(int(groups[0]), int(groups[-1]))
-        groups = groups - mine.start
-        d_W_dec = sum_rows(g, row[mine], value[mine], groups)
-        d_W_enc = sum_rows(centred, row[mine], d_value[mine], groups)
-        dead = torch.isin(d_aux.dead, block)
-        places = torch.searchsorted(block, d_aux.dead[dead])
+    for first in range(0, len(learning), size):
+        part = slice(first, min(first + size, len(learning)))
+        rows = first + learning[part].nonzero().squeeze(1)
+        if 2 * len(rows) > part.stop - first:
+            rows = torch.arange(first, part.stop, device=g.device)
+        starts = torch.searchsorted(latent, torch.cat([rows, rows.new_tensor([part.stop])]))
+        mine = slice(int(starts[0]), int(starts[-1]))
+        starts = starts - mine.start
+        d_W_dec = sum_rows(g, row[mine], value[mine], starts)
+        d_W_enc = sum_rows(centred, row[mine], d_value[mine], starts)
+        dead = torch.isin(d_aux.dead, rows)
+        places = torch.searchsorted(rows, d_aux.dead[dead])
         d_W_dec.index_add_(0, places, d_aux.W_dec[dead])
         d_W_enc.index_add_(0, places, d_aux.W_enc[dead])
-        trainer.update_("W_dec", d_W_dec, block)
-        trainer.update_("W_enc", d_W_enc, block)
-        trainer.update_("b_enc", d_b_enc[block], block)
+        gradient = {"W_dec": d_W_dec, "W_enc": d_W_enc, "b_enc": d_b_enc[rows]}
+        if len(rows) == part.stop - first:  # most of them learn: step all, and give the others their rows back
+            resting = (~learning[part]).nonzero().squeeze(1)
+            for name, d in gradient.items():
+                stepped = [t[part] for t in trainer.stored(name)]  # views
+                before = [t.index_select(0, resting) for t in stepped]
+                trainer.adam_(name, d, *stepped)
+                for new, old in zip(stepped, before):
+                    new.index_copy_(0, resting, old)
+        else:
+            for name, d in gradient.items():
+                trainer.update_(name, d, rows)
 
 # The auxiliary loss, dense over the dead latents
 
