@@ -991,6 +991,11 @@ class RunConfig(Config):
         check_choice("recipe", recipe, RECIPES)
         return cls(**PRESETS[name] | RECIPES[recipe] | overrides)
 
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> RunConfig:
+        """The configuration of a run; what an SAE saved from Python does not tell gets its default."""
+        return cls(**vars(load_config(Path(folder))[0]))
+
 LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
 PRESETS = {
     "tiny": dict(n_latents=4096),
@@ -1710,7 +1715,7 @@ def save_sae(sae: SAE, folder: Path):
 
 def load_sae(folder: Path) -> SAE:
     """SAE.load, on the CPU."""
-    (cfg, text), path = read_config(folder), folder / "sae.safetensors"
+    (cfg, text), path = load_config(folder), folder / "sae.safetensors"
     if not path.is_file():
         raise Unavailable(f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`")
     tensors = load_tensors(path, text)
@@ -1718,12 +1723,11 @@ def load_sae(folder: Path) -> SAE:
     sae.load_state_dict(tensors)
     return sae
 
-def load_config(folder: str | os.PathLike) -> Config:
-    """The configuration of a run or a saved SAE. Unavailable if there is none, InputError if it is damaged."""
-    return read_config(Path(folder))[0]
+def load_config(folder: Path) -> tuple[Config, str]:
+    """The configuration of a saved SAE, and its text, which the checksum of the SAE includes.
 
-def read_config(folder):
-    """load_config's, and the text of config.json, which the checksum of the SAE includes."""
+    Unavailable if there is none, InputError if it is damaged or older.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise Unavailable(f"{str(folder)!r} holds no run")

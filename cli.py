@@ -39,7 +39,7 @@ out, err = (Console(stderr=stderr, quiet=RANK > 0, markup=False, emoji=False, hi
 
 # ---- Options, messages, errors ----
 
-FIELDS = {field.name: field for field in fields(bt.Config)[1:]}  # all but d_model
+FIELDS = {field.name: field for field in fields(bt.RunConfig)[1:]}  # all but d_model
 MAIN = ("n_latents", "k", "activation", "tokens", "batch_size", "lr", "seed", "device", "model", "layer",
         "site", "dataset")  # shown first
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
@@ -48,13 +48,13 @@ Preset = Annotated[str, Option(help="Where defaults come from: " + ", ".join(bt.
 Run = Annotated[Path, Argument(help="Folder that `train` wrote, e.g. runs/tiny.", show_default=False)]
 
 def config_options(command, lists=()):
-    """Replace a command's **options by an option per field of Config; those in `lists` arrive as text."""
-    parameters, types = list(signature(command).parameters.values())[:-1], get_type_hints(bt.Config)
+    """Replace a command's **options by an option per field of RunConfig; those in `lists` arrive as text."""
+    parameters, types = list(signature(command).parameters.values())[:-1], get_type_hints(bt.RunConfig)
     for name in dict.fromkeys((*MAIN, *FIELDS)):
         if name == "seed" and lists:  # compare counts them
             continue
         field, kind, flag, extra = FIELDS[name], types[name], "--" + name.replace("_", "-"), {}
-        doc, choices = field.metadata["doc"], field.metadata["choices"]
+        doc, choices = field.metadata["doc"], bt.choices(field)
         if not all(choice in doc for choice in choices):
             doc += f" ({', '.join(choices)})"
         default = "the preset's" if name == "n_latents" else field.default
@@ -134,7 +134,7 @@ def train(
         raise bt.InputError(f"name is {name!r}; give the name of one folder (--out says where it is)")
     if expansion is not None and "n_latents" in given:
         raise bt.InputError("--expansion and --n-latents set the same; give one of them")
-    cfg = bt.Config.load(resume) if resume else bt.Config.preset(preset, recipe, d_model=1, **given)
+    cfg = bt.RunConfig.load(resume) if resume else bt.RunConfig.preset(preset, recipe, d_model=1, **given)
     bt.processes.join(cfg.device)
     several, folder = bt.processes.size > 1, resume or out_folder / (name or preset)
     if not (resume or name or several):  # several would choose different ones
@@ -235,7 +235,8 @@ def load(run, device):
     """The SAE of a run and the language model it reads, on a device."""
     device = str(bt.resolve_device(device))
     sae = bt.SAE.load(run, device=device)
-    sae.threshold()  # an unset one fails before the model is loaded
+    sae.get_theta()  # an unset one fails before the model is loaded
+    sae.config = bt.RunConfig(**vars(sae.config))  # an SAE saved from Python names no model
     return sae, bt.LanguageModel.from_config(replace(sae.config, device=device))
 
 MEANINGS = {
@@ -277,7 +278,7 @@ def export(
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
     sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
-        x = held_out_activations(sae.config)
+        x = held_out_activations(bt.RunConfig.load(run))
         found = bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
@@ -291,7 +292,7 @@ def export(
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
              "differ, the others by at most {largest_difference:.2g}.".format(active=active, **found))
 
-def held_out_activations(cfg: bt.Config) -> torch.Tensor | None:
+def held_out_activations(cfg: bt.RunConfig) -> torch.Tensor | None:
     """Activations [n, D] of held-out text, or None if the run's model or text is not at hand."""
     with contextlib.suppress(bt.Unavailable, bt.InputError):
         lm = bt.LanguageModel.from_config(cfg)
@@ -485,16 +486,16 @@ def setting_config(preset, setting, given):
         values[name] = text
         with contextlib.suppress(ValueError):
             values[name] = float(text)
-    return bt.Config.preset(preset, recipe, d_model=1, **values)
+    return bt.RunConfig.preset(preset, recipe, d_model=1, **values)
 
 def comparison_results(configs, folder):
     """Train and evaluate all configurations, continue that, or read what was found."""
     bt.check_shared(configs)
-    begun = {path.parent.name: bt.Config.load(path.parent) for path in folder.glob("*/config.json")}
+    begun = {path.parent.name: bt.RunConfig.load(path.parent) for path in folder.glob("*/config.json")}
     if any(replace(cfg, d_model=1) != configs.get(name) for name, cfg in begun.items()):
         raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
     results = train_with_bar(configs, folder, "the same command", bool(begun))
-    return [{"name": name, **result, "config": vars(bt.Config.load(folder / name))}
+    return [{"name": name, **result, "config": vars(bt.RunConfig.load(folder / name))}
             for name, result in zip(configs, results)]
 
 def mean_and_spread(group, metric, selection="theta"):
@@ -541,7 +542,7 @@ def draw_comparison(names, groups, path):
     figure.savefig(path, dpi=120)
 
 def draw_error(axes, names, groups, against, metric):
-    """A metric against a field of Config, a line for each combination of the others."""
+    """A metric against a field of RunConfig, a line for each combination of the others."""
     lines = {}
     for key, group in groups.items():
         rest = dict(zip(names, key))

@@ -174,7 +174,7 @@ def dense_step(sae, batches):
 @torch.no_grad()
 def phases(trainer, x, z):
     """{part of a step: (with dense matrices, as it is here)}; z [B, F] is scratch. The last is the rest."""
-    sae, hint, n = trainer.sae, bt.HINT * trainer.last_threshold, trainer.cfg.n_kept(len(x))
+    sae, hint, n = trainer.sae, bt.HINT * trainer.stats.threshold, trainer.cfg.n_kept(len(x))
     W_enc, b_enc, W_dec = sae.W_enc.detach(), sae.b_enc.detach(), sae.W_dec.detach()
     ((row, latent), value), centred, f = sae.encode_sparse(x, "batch"), x - sae.b_dec, sae.encode(x, "batch")
     g, order = torch.randn_like(x), latent.argsort(stable=True)
@@ -193,7 +193,7 @@ def phases(trainer, x, z):
                    lambda: bt.find_entries(sae, centred, hint, n)),
         "decoding": (lambda: f @ W_dec, lambda: bt.sum_rows(W_dec, latent, value, starts)),
         "gradient of kept values": (lambda: g @ W_dec.T,
-                                    lambda: bt.sampled_product(W_dec, g, latent[order], row[order])),
+                                    lambda: bt.dots(W_dec, g, latent[order], row[order])),
         "gradient of b_dec": (lambda: (f @ W_enc).sum(0), lambda: b_enc @ W_enc),
         "weight gradients and update": (dense_update, None),
     }

@@ -24,7 +24,7 @@ def cfg(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "a.jsonl"
     texts = (f"def f{i}(x): return x * {i * i}" for i in range(3000))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return bt.Config.preset("tiny", d_model=256, layer=2, **{
+    return bt.RunConfig.preset("tiny", d_model=256, layer=2, **{
         **SMALL, "dataset": str(path), "tokens": 1300, "eval_tokens": 200, "checkpoint_tokens": 500,
         "context": 32, "n_latents": 64, "buffer_tokens": 600, "dead_tokens": 500})
 
@@ -166,7 +166,7 @@ def edited_tensors(path, random_):
 @pytest.mark.parametrize("name", ["config.json", "sae.safetensors"])
 def test_a_changed_file_of_a_run_is_refused_in_a_line_that_names_it(finished, tmp_path, name):
     n, expected = int(os.environ.get("MUTANTS", 600)), bt.SAE.load(finished / "a").state_dict()
-    config = bt.Config.load(finished / "a")
+    config = bt.RunConfig.load(finished / "a")
     for file in ("config.json", "sae.safetensors"):
         (tmp_path / file).write_bytes((finished / "a" / file).read_bytes())
     refused = 0
@@ -202,7 +202,7 @@ def test_a_changed_state_is_refused_and_changed_metrics_are_written_again(lm, cf
 def test_a_process_killed_ten_times_at_random_moments_ends_as_one_that_was_not(cfg, tmp_path):
     """SIGKILL, from the start of training on; then `--resume`, until a run comes to its end."""
     cli = Path(bt.__file__).parent / "cli.py"
-    kinds = {f.name: f for f in dataclasses.fields(bt.Config)}
+    kinds = {f.name: f for f in dataclasses.fields(bt.RunConfig)}
     cfg = dataclasses.replace(cfg, tokens=400_000, checkpoint_tokens=20_000, context=128, buffer_tokens=4096)
     given = {name: value for name, value in dataclasses.asdict(cfg).items()
              if name != "d_model" and value not in (kinds[name].default, "")}

@@ -25,7 +25,7 @@ def randn(*shape, seed=0):
 
 def random_sae(cfg, seed=0):
     """An SAE whose parameters are all generic: nothing zero, encoder and decoder apart, thresholds apart."""
-    sae, generator = bt.SAE(cfg), torch.Generator().manual_seed(seed)
+    sae, generator = bt.make_sae(cfg), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in (sae.W_enc, sae.b_enc, sae.b_dec):
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
@@ -153,7 +153,7 @@ def test_loading_something_else_names_it(tmp_path, planted_sae):
     (tmp_path / "sae.safetensors").unlink()
     refused(bt.Unavailable, "--resume")
     (tmp_path / "sae.safetensors").write_bytes(whole)
-    (tmp_path / "config.json").write_text(config(d_model=48, n_latents=64).to_json())
+    (tmp_path / "config.json").write_text(bt.config_json(config(d_model=48, n_latents=64)))
     refused(bt.InputError, "does not belong")
 
 @pytest.mark.parametrize("changes, said", [
@@ -166,14 +166,14 @@ def test_config_refuses_what_cannot_work_and_says_what_would(changes, said):
         config(**changes)
 
 def test_presets_hold_the_papers_settings():
-    cfg = bt.Config.preset("gpt2-small", d_model=768, k=64)
+    cfg = bt.RunConfig.preset("gpt2-small", d_model=768, k=64)
     found = (cfg.layer, cfg.site, cfg.context, cfg.tokens, cfg.batch_size, cfg.k)
     assert found == (8, "resid_pre", 128, 10**9, 4096, 64)
-    cfg = bt.Config.preset("tiny", "paper", d_model=256)
+    cfg = bt.RunConfig.preset("tiny", "paper", d_model=256)
     assert (cfg.lr, cfg.beta1, cfg.beta2, cfg.normalize, cfg.init) == (3e-4, 0.9, 0.99, "token", "authors")
     for arguments, said in ((["gpt3"], "tiny, gpt2-small, gemma-2-2b"), (["tiny", "mine"], "ours, paper")):
         with pytest.raises(bt.InputError, match=said):
-            bt.Config.preset(*arguments, d_model=8)
+            bt.RunConfig.preset(*arguments, d_model=8)
 
 # Loss and gradients
 
@@ -218,10 +218,10 @@ def gradients(sae, x, penalty=None):
     """What a step reports, and the gradients it gave to Adam: with beta1 = 0 they are the first moments."""
     trainer = bt.Trainer(sae.config)
     trainer.sae, trainer.x_std, trainer.variance = sae, 1.0, 1.0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bt, "jumprelu_penalty", lambda trainer: penalty)
-        stats = trainer.step(x)
-    return stats, {name: trainer.moments[f"{name}.mean"] for name, _ in sae.named_parameters()}
+    if penalty:
+        sae.penalty.copy_(torch.tensor(penalty))
+    stats = trainer.step(x)
+    return stats, {name: mean for name, (mean, _, _) in trainer.adam.items()}
 
 def tied(sae, x):
     """Every latent has a twin, so entries come in pairs, of which N = 45 and k = 3 are no multiples."""
@@ -284,10 +284,10 @@ def test_the_auxiliary_loss_reads_fewer_tokens_the_more_latents_are_dead(monkeyp
     sae, x = random_sae(config(aux_k=5)), randn(16, 12, seed=1)
     sae.tokens_since_fired[::3] = 10**6  # 14 of 40
     monkeypatch.setattr(bt, "AUX_SHARE", 1 / 8)  # 80 of 640 entries: five tokens' worth
-    bounded = bt.auxiliary_loss(sae, x, 2 * x)[0]
+    bounded = bt.auxiliary_loss(sae, x, 2 * x)
     monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
-    torch.testing.assert_close(bounded, bt.auxiliary_loss(sae, x[:5], 2 * x[:5])[0])
-    assert bounded != bt.auxiliary_loss(sae, x, 2 * x)[0]
+    torch.testing.assert_close(bounded, bt.auxiliary_loss(sae, x[:5], 2 * x[:5]))
+    assert bounded != bt.auxiliary_loss(sae, x, 2 * x)
 
 def test_counters_say_how_many_tokens_a_latent_was_silent():
     trainer = bt.Trainer(config(dead_tokens=48))
@@ -363,7 +363,7 @@ def test_a_bfloat16_sae_encodes_sparsely_and_calibrates(activation):
         for found, expected in zip(sae.encode_sparse(x, selection), twin.encode_sparse(rounded, selection)):
             torch.testing.assert_close(found, expected)
     assert bt.calibrate(sae, [x]) == pytest.approx(bt.calibrate(twin, [rounded]), rel=1e-2)
-    assert sae.W_enc.dtype == torch.bfloat16 and sae.threshold().dtype == torch.float32
+    assert sae.W_enc.dtype == torch.bfloat16 and sae.get_theta().dtype == torch.float32
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_tensor_of_a_step_has_batch_times_latents_entries(planted, activation, monkeypatch):
@@ -407,17 +407,18 @@ def test_jumprelu_reaches_the_l0_asked_for(planted):
 def test_the_penalty_grows_while_too_many_latents_are_active_and_shrinks_while_too_few_are():
     trainer = bt.Trainer(config(activation="jumprelu", k=4))
     for l0 in (8, 2, 0):
-        trainer.l0_coef = 1.0
-        assert bt.update_jumprelu_(trainer, (0.5, 0.1), l0, math.nan) == 0.5 * l0
-        assert (trainer.l0_coef > 1) == (l0 > 4) and 0.5 < trainer.l0_coef < 1.2
+        trainer.sae.penalty.copy_(torch.tensor([1.0, 0.1]))
+        trainer.stats = bt.StepStats(*[math.nan] * 4, l0, 0, math.nan, math.nan)
+        bt.after_step_(trainer.sae, trainer)
+        assert (trainer.sae.penalty[0] > 1) == (l0 > 4) and 0.5 < trainer.sae.penalty[0] < 1.2
 
 def test_calibration_scales_the_thresholds_until_l0_is_k():
     """For one batch the factor is exactly the N-th largest entry, in units of its latent's threshold."""
     sae, x = random_sae(config(activation="jumprelu", batch_size=64)), randn(64, 12, seed=5)
-    before, z = sae.threshold().detach(), sae.pre_activations(x).detach()
+    before, z = sae.get_theta().detach(), sae.pre_activations(x).detach()
     expected = (z / before).flatten().sort(descending=True).values[sae.config.n_kept(64) - 1]
     assert bt.calibrate(sae, [x]) == pytest.approx(float(expected), rel=1e-5)
-    torch.testing.assert_close(sae.threshold().detach(), before * expected)
+    torch.testing.assert_close(sae.get_theta().detach(), before * expected)
     assert (sae.encode(x) > 0).sum() == pytest.approx(sae.config.n_kept(64), abs=1)
 
 # θ
@@ -461,7 +462,8 @@ def test_part_one_is_the_whole_method_and_runs_alone(planted, monkeypatch):
     source = Path(bt.__file__).read_text(encoding="utf-8")
     part_one = types.ModuleType("part_one")
     monkeypatch.setitem(sys.modules, "part_one", part_one)  # dataclasses look their module up
-    exec(source[: source.index("# ==================== Part two")], vars(part_one))
+    part_one.processes = bt.processes  # one, which gets back what it gives
+    exec(source[: source.index("# ---- 7.")], vars(part_one))  # with the checks that both parts use
     cfg = part_one.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=80_000, step="plain")
     sae, x = part_one.train(cfg, planted.stream(256)), planted.batch(4096, 907)
     assert (planted.directions @ sae.W_dec.detach().T).max(1).values.mean() > 0.95
@@ -489,7 +491,6 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
                  lr=1e-2, tokens=10**5, warmup=16 * 4 / 10**5)
     trainer, penalty = bt.Trainer(cfg), PENALTY if activation == "jumprelu" else None
     trainer.sae, trainer.x_std, trainer.variance = random_sae(cfg), 0.4, 1.0
-    monkeypatch.setattr(bt, "jumprelu_penalty", lambda trainer: penalty)
     some_dead(trainer.sae, None)
     twin, resting = copy.deepcopy(trainer.sae).double(), 0
     own = row_optimizers(twin, cfg)
@@ -503,6 +504,8 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
         if i == 2:
             trainer.sae.tokens_since_fired.zero_()  # no auxiliary loss from here on
         before = copy.deepcopy(bt.trainer_state(trainer))
+        if penalty:
+            trainer.sae.penalty.copy_(torch.tensor(penalty))
         stats = trainer.step(x)
         sparsity = penalty[0] * stats.l0 if penalty else 0
         assert (stats.loss, stats.lr) == pytest.approx((mse + aux / 32 + sparsity, rate), rel=1e-4)
@@ -518,7 +521,7 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
                 optimizer.step()
         twin.W_dec.data[touched] /= twin.W_dec.data[touched].norm(dim=1, keepdim=True)
         after, resting = bt.trainer_state(trainer), resting + int((~touched).sum())
-        for name in (n for n in after if n == "updates" or n[:5] in ("W_enc", "W_dec", "b_enc")):
+        for name in (n for n in after if n[:5] in ("W_enc", "W_dec", "b_enc")):
             assert torch.equal(after[name][~touched], before[name][~touched]), f"{name} without a gradient"
     assert resting > 20, "the case should have had latents without a gradient"
     for name, parameter in twin.named_parameters():
@@ -636,7 +639,7 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
             assert stats == straight.step(planted.batch(16, i))
         assert same_tensors(bt.trainer_state(second), bt.trainer_state(straight))
     assert stats.dead
-    del second.moments["updates"]
+    del second.adam["b_dec"]
     bt.save_state(tmp_path, {"": second}, (1, 2, 3), {})
     for changes, said in (({}, "another version"), ({"n_latents": 41}, "does not belong to its config")):
         with pytest.raises(bt.InputError, match=said):
