@@ -1731,11 +1731,13 @@ def load_config(folder: Path) -> tuple[Config, str]:
     path = folder / "config.json"
     if not path.is_file():
         raise Unavailable(f"{str(folder)!r} holds no run")
-    with explained(f"{str(path)!r} was not written by this version of batchtopk"):
+    try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
         kind = RunConfig if "model" in values else Config
         return kind(**values), text
+    except Exception as error:
+        raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
 # ---- 13. Several processes: torchrun --------------------------
 
