@@ -59,8 +59,6 @@ def option(default, doc, *choices, low=0, high=math.inf):
     """A field of Config: its default, what it is, and the values accepted."""
     return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high))
 
-DTYPES = "auto", "float32", "bfloat16"
-
 @dataclass(frozen=True)
 class Config:
     """What training depends on beside the data. InputError for a value that cannot work."""
@@ -72,7 +70,6 @@ class Config:
     activation: str = option("batchtopk", "what selects latents")
     normalize: str = option("scale", "fit steps to the size of x")
     init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
-    # Training
     tokens: int = option(1_000_000, "length of the run in tokens", low=1)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
@@ -84,7 +81,7 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "sparse is fast, plain is autograd; same results")
-    encoder_dtype: str = option("auto", "precision of the encoder product; auto: bfloat16 if fast", *DTYPES)
+    encoder_dtype: str = option("auto", "precision of the encoder product; auto: bfloat16 if fast")
     eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
@@ -101,15 +98,13 @@ class Config:
 def batch_topk(z: Tensor, n: int) -> Tensor:
     """BatchTopK (paper, section 3): zero all entries of z, of any shape, but the n largest positive ones.
 
-    Gradients flow through the values of the kept entries alone. Which of several equal entries are kept is
-    unspecified. InputError for a negative n.
+    Gradients flow through the kept values alone. Which of equal entries are kept is unspecified.
 
         >>> batch_topk(torch.tensor([[5., 1., 0.], [4., 3., -2.]]), 3)
         tensor([[5., 0., 0.],
                 [4., 3., 0.]])
     """
-    if n < 0:
-        raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
+    check_count(n)
     flat = z.flatten()
     values, places = flat.topk(min(n, len(flat)), sorted=False)
     return torch.zeros_like(flat).scatter(0, places, values.relu()).view_as(z)  # fewer may be positive
@@ -117,7 +112,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
 # ---- 3. The sparse autoencoder -------------------------------
 
 class SAE(nn.Module):
-    """A BatchTopK sparse autoencoder. make_sae(config) makes one for any configuration."""
+    """A BatchTopK sparse autoencoder. Part two adds the methods save and load, and make_sae for other kinds."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -138,8 +133,7 @@ class SAE(nn.Module):
 
     def get_theta(self) -> Tensor:
         """θ, which an entry must exceed at inference. Unavailable if it was never estimated."""
-        if self.theta.isnan():
-            raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
+        check_estimated(self.theta)
         return self.theta
 
     def select(self, z: Tensor, selection: str) -> Tensor:
@@ -156,9 +150,8 @@ class SAE(nn.Module):
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
         """Activations x [..., D], of any float dtype, to latents f [..., F].
 
-        selection is "theta", the inference form Z · 1[Z > θ], where each row depends on itself alone, or
-        "batch", BatchTopK over all rows of x, as in training.
-        Raises: InputError for another width or selection, Unavailable if θ was never estimated.
+        selection: "theta", the inference form Z · 1[Z > θ], in which each row depends on itself alone, or
+        "batch", BatchTopK over all rows of x, as in training. InputError for x of another width.
         """
         check_choice("selection", selection, ("theta", "batch"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
@@ -181,39 +174,20 @@ class SAE(nn.Module):
         """The active entries of encode, with x as rows: (row, latent) [2, m], in order, and values [m]."""
         return active_entries(self, x, selection)
 
-    def save(self, folder: str | os.PathLike):
-        """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
-        save_sae(self, Path(folder))
-
-    @staticmethod
-    def load(folder: str | os.PathLike, device: str = "cpu") -> SAE:
-        """Read what save wrote. Unavailable if there is nothing, InputError if it is damaged."""
-        return load_sae(Path(folder)).to(device)
-
-    def _apply(self, fn, recurse=True):
-        """What to() and half() call. θ stays in float32: bfloat16 would move it by up to 0.4 %."""
-        theta = self.theta
-        super()._apply(fn, recurse)
-        self.theta = theta.to(self.W_dec.device)
-        return self
-
 SAES = {"batchtopk": SAE}  # the classes of SAEs, by Config.activation
 
 # ---- 4. Loss -------------------------------------------------
 
 @functools.singledispatch  # another kind of SAE can have another loss
 def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L = mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D], as from SAE.as_rows.
-
-    Returns the loss, its parts mse (summed over D, mean over tokens) and aux, and f [B, F].
-    """
+    """L = mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D]. Returns L, mse, L_aux and f [B, F]."""
     f = sae.select(sae.pre_activations(x), "batch")
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     aux = auxiliary_loss(sae, x, residual.detach())
     return mse + sae.config.aux_coef * aux, mse, aux, f
 
-AUX_SHARE = 1 / 192  # L_aux computes at most this share of the B·F pre-activations
+AUX_SHARE = 1 / 192  # L_aux computes at most this share of the B·F pre-activations, to bound its cost
 
 def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
@@ -221,8 +195,7 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
         e = X - X̂,  ê = (the k_aux largest Z of the dead latents, per token) W_dec,  L_aux = mean ‖e - ê‖²
 
     No ReLU here: with one, a latent with negative Z on all tokens would get no gradient. The residual e is a
-    constant, so that live latents get none from L_aux. With more than F / 192 dead latents only the first
-    tokens of the batch are used, to bound the cost.
+    constant, so that live latents get none. With many dead latents only the batch's first tokens are used.
     """
     cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
     if not len(dead) or not cfg.aux_k:
@@ -235,8 +208,8 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
 
 # ---- 5. θ: one number that stands in for the batch -----------
 
-# The threshold of a batch is the smallest positive entry that BatchTopK keeps. θ, the mean threshold of many
-# batches, makes the same cut for a token alone, and on average k latents are active.
+# The threshold of a batch is the smallest positive entry that BatchTopK keeps of it. θ is the mean of many of
+# them: it makes the same cut for a token by itself, with k active latents on average.
 
 THETA_RATE = 0.01  # weight of a new batch in the running average
 
@@ -244,27 +217,26 @@ def running_rate(rate, n):
     """Weight of the n-th value in a running average with bias correction: 1, falling to `rate`."""
     return rate / (1 - (1 - rate) ** n)
 
-def update_theta_(sae: SAE, threshold: float, n: int):
-    """Running average of θ = E[threshold of a batch] (paper, equation 4), after the n-th training step.
+@functools.singledispatch  # another kind of SAE can learn something else without a gradient
+def update_theta_(sae: SAE, trainer: Trainer):
+    """After a training step: running average of θ = E[threshold of a batch] (paper, equation 4).
 
-    This gives an unfinished SAE its θ; `train` ends with calibrate, which replaces it.
+    It serves an unfinished SAE; `train` ends with calibrate, which replaces it.
     """
-    theta = sae.theta.nan_to_num(threshold)  # NaN at first
-    sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (threshold - theta))
+    threshold, rate = trainer.stats.threshold, running_rate(THETA_RATE, trainer.steps)
+    if threshold != math.inf:  # something was positive
+        theta = sae.theta.nan_to_num(threshold)  # NaN at first
+        sae.theta.copy_(theta + rate * (threshold - theta))
 
 @functools.singledispatch
 @torch.no_grad()
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
-    """Set θ to the mean threshold of held-out batches of config.batch_size tokens, and return it.
-
-    batches: any iterable of float tensors [n, D] of any n. InputError if no entry is positive.
-    """
+    """Set θ to the mean threshold of held-out tokens [n, D], rebatched to config.batch_size; returns it."""
     batches = rebatch(batches, sae.config.batch_size, sae.W_dec.device)
     thresholds = [smallest(sae.encode_sparse(x, "batch")[1]) for x in batches]
     thresholds = [threshold for threshold in thresholds if threshold != math.inf]  # ∞: nothing was positive
     theta = sum(thresholds) / max(1, len(thresholds))
-    if not 0 < theta < math.inf:
-        raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
+    check_theta(theta)
     sae.theta.fill_(theta)
     return theta
 
@@ -281,18 +253,14 @@ class StepStats(NamedTuple):
     threshold: float  # smallest kept entry, ∞ if none was positive; θ is its expectation
     lr: float
 
-def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For Adam, of the gradients that each row of p has had: mean, mean square, and their number."""
-    return torch.zeros_like(p), torch.zeros_like(p), p.new_zeros(len(p), *[1] * (p.ndim - 1))
-
 DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1)
 
 class Trainer:
     """Trains one SAE step by step.
 
-    With normalize="scale" the size of activations does not matter, yet x is never scaled: the loss has the
-    unit of x², biases that of x, weights none. Adam's steps are as large as the learning rate whatever the
-    unit of the loss, so it is enough to multiply those of the biases by x_std, the standard deviation of x.
+    With normalize="scale" the size of x does not matter, yet x is never scaled. The loss has the unit of x²,
+    biases that of x, weights none, and Adam's steps are as large as the learning rate whatever the unit of
+    the loss. So it is enough to multiply those of the biases by x_std, the standard deviation of x.
     """
 
     def __init__(self, cfg: Config):
@@ -301,7 +269,7 @@ class Trainer:
         self.tokens_seen, self.steps = 0, 0
         self.x_std = self.variance = 0.0  # x_std² is the variance / D; 0 until initialize_
         self.stats: StepStats | None = None  # of the last step
-        self.adam = {name: adam_state(p.detach()) for name, p in self.sae.named_parameters()}
+        self.adam = {name: adam_state(p.data) for name, p in self.sae.named_parameters()}
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
@@ -309,8 +277,7 @@ class Trainer:
         x = self.sae.as_rows(x.to(self.device))
         variance = float((x - x.mean(0)).square().sum(1).mean())
         check_finite(variance, self.tokens_seen)
-        if len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean()):
-            raise InputError("all activations are equal: there is nothing to learn")
+        check_varied(x, variance)
         if self.cfg.init == "data":
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0  # one token has none
@@ -318,8 +285,7 @@ class Trainer:
 
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D]. InputError for anything else."""
-        if x.ndim != 2 or not len(x):
-            raise InputError(f"x has the shape {list(x.shape)}; give [B, {self.cfg.d_model}]")
+        check_batch(x, self.cfg.d_model)
         if not self.x_std:
             self.initialize_(x)
         lr, take_step = self.learning_rate(), STEPS[self.cfg.step]
@@ -327,7 +293,7 @@ class Trainer:
         self.tokens_seen += len(x)
         self.steps += 1
         self.stats = StepStats(total, mse, aux, mse / self.variance, l0, dead, threshold, lr)
-        after_step_(self.sae, self)
+        update_theta_(self.sae, self)
         return self.stats
 
     def learning_rate(self) -> float:
@@ -337,50 +303,43 @@ class Trainer:
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)  # not 0 at first
         return peak * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
-    def stored(self, name: str) -> list[Tensor]:
-        """A parameter, and Adam's mean, mean square and number of the gradients that each of its rows has had."""
-        return [getattr(self.sae, name).data, *self.adam[name]]
-
     @torch.no_grad()
-    def update_(self, name: str, g: Tensor, rows: Tensor):
-        """One step of Adam on those rows [m] of a parameter that got a gradient, g [m, …].
+    def update_(self, name: str, g: Tensor, rows: Tensor | slice = slice(None)):
+        """Lazy Adam, as torch.optim.SparseAdam: step those rows of a parameter that got a gradient, g.
 
-        The others stay as they are, moments included ("lazy", as in torch.optim.SparseAdam): Adam on all rows
-        would shrink a rare latent's moments to nothing between two tokens on which it fires.
+        Adam on all rows would shrink a rare latent's moments to nothing between two tokens that it fires on.
         """
-        taken = [t.index_select(0, rows) for t in self.stored(name)]
+        stored = getattr(self.sae, name).data, *self.adam[name]
+        taken = [t[rows] for t in stored]
         self.adam_(name, g, *taken)
-        for old, new in zip(self.stored(name), taken):
-            old.index_copy_(0, rows, new)
+        for old, new in zip(stored, taken):
+            old[rows] = new
 
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, n: Tensor):
-        """Adam (Kingma & Ba 2015) in place. W, mean, square, n: rows of what is stored for a parameter."""
+        """Adam (Kingma & Ba 2015) in place, on rows of a parameter and what `adam` holds for them."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
         epsilon = 1e-8 * self.x_std**2 / unit  # in the unit of the gradient: the loss's over the parameter's
-        if name == "W_dec":  # the gradient's part along a row would change the row's norm
+        if name == "W_dec":  # rows keep norm 1, so their gradient's part along the row is dropped
             g = g.addcmul(W, (g * W).sum(1, keepdim=True), value=-1)
         n += 1
-        mean.lerp_(g, running_rate(1 - self.cfg.beta1, n))  # so the moments need no correction of their bias
+        mean.lerp_(g, running_rate(1 - self.cfg.beta1, n))  # with the correction of Adam's bias in the rate
         square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n))
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-lr)
         if name == "W_dec":
             W.div_(W.norm(dim=1, keepdim=True))
 
-def plain_step(trainer: Trainer, x: Tensor):
+def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     """One step on x [B, D] (see SAE.as_rows). Returns loss, mse, aux, l0, dead, threshold as in StepStats."""
     sae = trainer.sae
     total, mse, aux, f = loss(sae, x)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
-    names, parameters = zip(*sae.named_parameters())
-    gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
-    gradient = dict(zip(names, gradients))
-    learning = gradient["W_dec"].any(1).nonzero().squeeze(1)  # latents that were active, or in L_aux
-    for name, g in gradient.items():
-        if name in ("W_enc", "W_dec", "b_enc"):
-            trainer.update_(name, g[learning], learning)
-        else:
-            trainer.adam_(name, g, *trainer.stored(name))
+    total.backward()
+    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # the latents that were active, or in L_aux
+    for name, p in sae.named_parameters():
+        rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
+        trainer.update_(name, p.grad[rows], rows)
+    sae.zero_grad()
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
     l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
@@ -388,19 +347,12 @@ def plain_step(trainer: Trainer, x: Tensor):
 
 STEPS = {"plain": plain_step}  # by Config.step
 
-@functools.singledispatch
-def after_step_(sae: SAE, trainer: Trainer):
-    """What is learnt from a step without a gradient: θ."""
-    if trainer.stats.l0:
-        update_theta_(sae, trainer.stats.threshold, trainer.steps)
-
 def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
     batches: any iterable of float tensors [n, D] of any n; a list is repeated. The first 5 % of cfg.tokens (a
     batch or more, at most cfg.eval_tokens) are held out for b_dec, x_std and θ; a generator has to give
-    cfg.tokens on top, a repeated list trains on them in its second pass.
-    Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
+    cfg.tokens on top, a repeated list trains on them in its second pass. InputError if it ends early.
     """
     trainer = Trainer(cfg)
     stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)
@@ -434,9 +386,11 @@ def explained(message, kind=InputError):
     except Exception as error:
         raise kind(message) from error
 
+DTYPES = "auto", "float32", "bfloat16"
+
 def choices(field: dataclasses.Field) -> Iterable[str]:
     """The values that a field of text accepts; none means any."""
-    tables = {"activation": SAES, "normalize": ("scale", "token"), "step": STEPS}
+    tables = {"activation": SAES, "normalize": ("scale", "token"), "step": STEPS, "encoder_dtype": DTYPES}
     return tables.get(field.name, field.metadata["choices"])
 
 def check_config(cfg: Config):
@@ -462,6 +416,31 @@ def check_config(cfg: Config):
         (cfg.warmup + cfg.decay <= 1, "warmup and decay together must be at most 1")]:
         if not fine:
             raise InputError(message)
+
+def check_estimated(theta: Tensor):
+    """Unavailable if θ is NaN."""
+    if theta.isnan():
+        raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
+
+def check_theta(theta: float):
+    """InputError unless a calibrated θ is positive and finite."""
+    if not 0 < theta < math.inf:
+        raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
+
+def check_varied(x: Tensor, variance: float):
+    """InputError if tokens x [n, D] are all equal."""
+    if len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean()):
+        raise InputError("all activations are equal: there is nothing to learn")
+
+def check_count(n: int):
+    """InputError for a negative number of entries."""
+    if n < 0:
+        raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
+
+def check_batch(x: Tensor, d_model: int):
+    """InputError unless x is a batch [B, D] that is not empty."""
+    if x.ndim != 2 or not len(x):
+        raise InputError(f"x has the shape {list(x.shape)}; give [B, {d_model}]")
 
 def check_activations(x: Tensor, d_model: int):
     """InputError unless x are activations [..., D]."""
@@ -495,6 +474,13 @@ def active_entries(sae: SAE, x: Tensor, selection: str) -> tuple[Tensor, Tensor]
         return sparse_entries(sae, x, selection)
     f = sae.encode(x, selection).reshape(-1, len(sae.b_enc))
     return f.nonzero().T, f[f != 0].float()
+
+def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of a parameter the mean, the mean square and the number of its gradients: zeros at first.
+
+    [F, D], [F, D] and [F, 1] for a matrix; for a vector each entry is a row.
+    """
+    return torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p[:, :1] if p.ndim == 2 else p)
 
 def smallest(values: Tensor) -> float:
     """The smallest of the values of all processes, ∞ if there is none."""
@@ -530,8 +516,8 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 # ---- 7. The same step, sparse --------------------------------
 
 # Only the encoder product has to be dense. All else touches the N = k·B kept entries, a thousandth of B·F.
-# An entry i has a latent l_i, a row r_i (its token) and a value v_i. Four operations do the work: find_entries,
-# dots, sum_rows and update_latents_.
+# An entry has a latent, a row (its token) and a value. Four operations do the work: find_entries, dots,
+# sum_rows and update_latents_.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
@@ -562,8 +548,8 @@ def sparse_step(trainer: Trainer, x: Tensor):
     d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)
     d_b_dec = g.sum(0) - processes.sum_(d_b_enc @ sae.W_enc)  # the encoder's share is a vector times a matrix
     for name, d in own_gradients(d_f).items():
-        trainer.adam_(name, d, *trainer.stored(name))
-    trainer.adam_("b_dec", d_b_dec + d_aux.b_dec, *trainer.stored("b_dec"))
+        trainer.update_(name, d)
+    trainer.update_("b_dec", d_b_dec + d_aux.b_dec)
     d_b_enc.index_add_(0, d_aux.dead, d_aux.b_enc)
     update_latents_(trainer, (latent, row, value, d_value), centred, g, d_b_enc, d_aux)
     # Counters
@@ -741,10 +727,10 @@ def update_latents_(trainer, entries, centred, g, d_b_enc, d_aux):
         d_W_dec.index_add_(0, places, d_aux.W_dec[dead])
         d_W_enc.index_add_(0, places, d_aux.W_enc[dead])
         gradient = {"W_dec": d_W_dec, "W_enc": d_W_enc, "b_enc": d_b_enc[rows]}
-        if len(rows) == part.stop - first:  # most of them learn: step all, and give the others their rows back
+        if len(rows) == part.stop - first:  # step all in place, and give the resting their rows back
             resting = (~learning[part]).nonzero().squeeze(1)
             for name, d in gradient.items():
-                stepped = [t[part] for t in trainer.stored(name)]  # views
+                stepped = [t[part] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
                 before = [t.index_select(0, resting) for t in stepped]
                 trainer.adam_(name, d, *stepped)
                 for new, old in zip(stepped, before):
@@ -834,7 +820,7 @@ class JumpReLUSAE(SAE):
     def __init__(self, config):
         super().__init__(config)
         self.log_threshold = nn.Parameter(torch.zeros(config.n_latents))
-        # λ and the kernel's width ε, both 0 at the start of a run; a part of the training's state, not of the SAE
+        # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
         self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
 
     def get_theta(self):
@@ -842,12 +828,6 @@ class JumpReLUSAE(SAE):
 
     def select(self, z, selection):
         return super().select(z, "theta")
-
-    def _apply(self, fn, recurse=True):
-        exact = self.log_threshold.data
-        super()._apply(fn, recurse)
-        self.log_threshold.data = exact.to(self.W_dec.device)
-        return self
 
 def jumprelu(z, theta, width):
     """f of z, and how many entries are active; both with a straight-through gradient for θ.
@@ -862,7 +842,7 @@ def jumprelu(z, theta, width):
 def jumprelu_loss(sae, x):
     """loss, with f as BatchTopK's at the start of a run, and then with the penalty λ · L0."""
     coef, width = sae.penalty.tolist()
-    z, sparsity = sae.pre_activations(x), 0.0
+    z, sparsity = sae.pre_activations(x), 0 * sae.log_threshold.sum()  # a gradient of 0, for Adam's counts
     if coef:
         f, n_active = jumprelu(z, sae.get_theta(), width)
         sparsity = coef * n_active / len(x)
@@ -896,7 +876,7 @@ def jumprelu_entries(sae, centred, hint, dtype):
 
     return StepEntries(latent, row, f.detach(), coef, own_gradients)
 
-@after_step_.register(JumpReLUSAE)
+@update_theta_.register(JumpReLUSAE)
 def update_thresholds_(sae, trainer):
     """Adapt λ, so that L0 becomes k; at the start of a run set all thresholds to BatchTopK's."""
     stats, cfg = trainer.stats, trainer.cfg
@@ -905,7 +885,7 @@ def update_thresholds_(sae, trainer):
     elif stats.l0:
         sae.log_threshold.data.fill_(math.log(stats.threshold))
         if trainer.tokens_seen >= JUMP_START * cfg.tokens:
-            sae.penalty[0] = stats.threshold**2 / 2  # what an entry at the threshold takes from the error, halved
+            sae.penalty[0] = stats.threshold**2 / 2  # an entry z takes about z² from the error
             sae.penalty[1] = WINDOW * math.sqrt(trainer.variance)
 
 @calibrate.register(JumpReLUSAE)
@@ -1011,8 +991,8 @@ RECIPES = {  # a recipe replaces what the preset says; the update of rows and L_
 class LanguageModel:
     """A causal language model and the site in it that the SAE reads."""
 
-    def __init__(self, model: str, layer: int = RunConfig.layer, site: str = RunConfig.site, module: str = "", *,
-                 dtype: str = "auto", device: str = "auto", skip_special: bool = True):
+    def __init__(self, model: str, layer: int = RunConfig.layer, site: str = RunConfig.site,
+                 module: str = "", *, dtype: str = "auto", device: str = "auto", skip_special: bool = True):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         self.device, self.skip_special = resolve_device(device), skip_special
         dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
@@ -1701,27 +1681,37 @@ def check_replaceable(path, overwrite):
     if path.exists() and not overwrite:
         raise InputError(f"{str(path)!r} exists; give another path, or --force")
 
-# Saving and loading
+# Saving, loading, precision: methods that SAE gets here
 
 def config_json(cfg: Config) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=2)
 
-def save_sae(sae: SAE, folder: Path):
-    """SAE.save."""
-    text, tensors = config_json(sae.config), processes.all_latents(sae.state_dict())
+def save_sae(sae: SAE, folder: str | os.PathLike):
+    """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
+    text, tensors, folder = config_json(sae.config), processes.all_latents(sae.state_dict()), Path(folder)
     if processes.rank == 0:
         save_tensors(folder / "sae.safetensors", tensors, text)
         write_atomically(folder / "config.json", text.encode())
 
-def load_sae(folder: Path) -> SAE:
-    """SAE.load, on the CPU."""
-    (cfg, text), path = load_config(folder), folder / "sae.safetensors"
+def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
+    """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged."""
+    (cfg, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
     if not path.is_file():
         raise Unavailable(f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`")
     tensors = load_tensors(path, text)
     sae = sae_class(cfg)(cfg)
     sae.load_state_dict(tensors)
+    return sae.to(device)
+
+def convert_(sae: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+    """What to() and half() call. Thresholds stay in float32: bfloat16 would move θ by up to 0.4 %."""
+    exact = {name: t for name, t in sae.state_dict().items() if name in ("theta", "log_threshold")}
+    nn.Module._apply(sae, fn, recurse)
+    for name, t in exact.items():
+        getattr(sae, name).data = t.to(sae.W_dec.device)
     return sae
+
+SAE.save, SAE.load, SAE._apply = save_sae, staticmethod(load_sae), convert_
 
 def load_config(folder: Path) -> tuple[Config, str]:
     """The configuration of a saved SAE, and its text, which the checksum of the SAE includes.

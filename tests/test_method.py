@@ -409,7 +409,7 @@ def test_the_penalty_grows_while_too_many_latents_are_active_and_shrinks_while_t
     for l0 in (8, 2, 0):
         trainer.sae.penalty.copy_(torch.tensor([1.0, 0.1]))
         trainer.stats = bt.StepStats(*[math.nan] * 4, l0, 0, math.nan, math.nan)
-        bt.after_step_(trainer.sae, trainer)
+        bt.update_theta_(trainer.sae, trainer)
         assert (trainer.sae.penalty[0] > 1) == (l0 > 4) and 0.5 < trainer.sae.penalty[0] < 1.2
 
 def test_calibration_scales_the_thresholds_until_l0_is_k():
@@ -425,9 +425,11 @@ def test_calibration_scales_the_thresholds_until_l0_is_k():
 
 def test_the_running_theta_is_the_bias_corrected_average():
     """Bug elsewhere: an average that starts from 0 is 36 % short after 100 steps."""
-    sae, average, values = bt.SAE(config()), 0.0, (2 + 0.3 * randn(100)).tolist()
+    trainer, average, values = bt.Trainer(config()), 0.0, (2 + 0.3 * randn(100)).tolist()
+    sae = trainer.sae
     for n, value in enumerate(values, 1):
-        bt.update_theta_(sae, value, n)
+        trainer.steps, trainer.stats = n, bt.StepStats(*[math.nan] * 6, value, math.nan)
+        bt.update_theta_(sae, trainer)
         average = 0.99 * average + 0.01 * value
         assert float(sae.theta) == pytest.approx(average / (1 - 0.99**n), rel=1e-5)
     assert float(sae.theta) == pytest.approx(2, rel=0.05)
