@@ -112,7 +112,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
 # ---- 3. The sparse autoencoder -------------------------------
 
 class SAE(nn.Module):
-    """A BatchTopK sparse autoencoder. Part two adds the methods save and load, and make_sae for other kinds."""
+    """A BatchTopK sparse autoencoder. Part two adds its methods save and load, and other kinds (make_sae)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -520,7 +520,7 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 # sum_rows and update_latents_.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
-UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
+UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
 HINT = 0.95  # the search starts at this share of the last step's threshold
 
 @torch.no_grad()
@@ -715,29 +715,36 @@ def update_latents_(trainer, entries, centred, g, d_b_enc, d_aux):
     for first in range(0, len(learning), size):
         part = slice(first, min(first + size, len(learning)))
         rows = first + learning[part].nonzero().squeeze(1)
-        if 2 * len(rows) > part.stop - first:
+        most = 2 * len(rows) > part.stop - first
+        if most:  # then it is faster to step all of the block
             rows = torch.arange(first, part.stop, device=g.device)
         starts = torch.searchsorted(latent, torch.cat([rows, rows.new_tensor([part.stop])]))
         mine = slice(int(starts[0]), int(starts[-1]))
         starts = starts - mine.start
-        d_W_dec = sum_rows(g, row[mine], value[mine], starts)
-        d_W_enc = sum_rows(centred, row[mine], d_value[mine], starts)
+
+        def update_(name, d):
+            if most:
+                update_block_(trainer, name, d, part, ~learning[part])
+            else:
+                trainer.update_(name, d, rows)
+
         dead = torch.isin(d_aux.dead, rows)
         places = torch.searchsorted(rows, d_aux.dead[dead])
-        d_W_dec.index_add_(0, places, d_aux.W_dec[dead])
-        d_W_enc.index_add_(0, places, d_aux.W_enc[dead])
-        gradient = {"W_dec": d_W_dec, "W_enc": d_W_enc, "b_enc": d_b_enc[rows]}
-        if len(rows) == part.stop - first:  # step all in place, and give the resting their rows back
-            resting = (~learning[part]).nonzero().squeeze(1)
-            for name, d in gradient.items():
-                stepped = [t[part] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
-                before = [t.index_select(0, resting) for t in stepped]
-                trainer.adam_(name, d, *stepped)
-                for new, old in zip(stepped, before):
-                    new.index_copy_(0, resting, old)
-        else:
-            for name, d in gradient.items():
-                trainer.update_(name, d, rows)
+        d_W_dec = sum_rows(g, row[mine], value[mine], starts)
+        update_("W_dec", d_W_dec.index_add_(0, places, d_aux.W_dec[dead]))
+        del d_W_dec
+        d_W_enc = sum_rows(centred, row[mine], d_value[mine], starts)
+        update_("W_enc", d_W_enc.index_add_(0, places, d_aux.W_enc[dead]))
+        update_("b_enc", d_b_enc[rows])
+
+def update_block_(trainer, name, g, part, resting):
+    """Trainer.update_ of consecutive rows without copies: all are stepped, the resting get theirs back."""
+    block = [t[part] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
+    resting = resting.nonzero().squeeze(1)
+    before = [t.index_select(0, resting) for t in block]
+    trainer.adam_(name, g, *block)
+    for rows, old in zip(block, before):
+        rows.index_copy_(0, resting, old)
 
 # The auxiliary loss, dense over the dead latents
 
