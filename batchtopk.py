@@ -13,11 +13,9 @@ W_dec have norm 1, so dropping an active entry z moves a reconstruction by the d
 are the best use of a budget of k·B entries.
 
 Dimensions:  B tokens in a batch   D width of x   F latents   k active latents per token, on average
-Skip at first: "jumprelu", a rival of BatchTopK; normalize="token"; and `processes`, which only torchrun
-needs: read processes.total(n), .least(t) and .sum_(t) as n, t.min() (∞ if t is empty) and t, .size as 1.
 
-Part one is the method, and trains without part two if step="plain" ("sparse", the default, is its fast twin).
-Part two makes it practical: the sparse step, activations of a language model, runs, evaluation, export.
+Part one is the method and trains by itself (step="plain"). Part two makes it fast and practical: the sparse
+step, rival methods, activations of a language model, runs, evaluation, export, several processes.
 """
 
 from __future__ import annotations
@@ -33,9 +31,7 @@ import json
 import math
 import os
 import random
-import shutil
 import threading
-import time
 import warnings
 import zipfile
 from array import array
@@ -53,27 +49,40 @@ def own_precision(function):
     """Have a function compute in the precision of its tensors, also inside torch.autocast."""
     return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
-# ==================== Part one: the method ====================
-# ---- 1. Configuration ----------------------------------------
+def own_modes(step):
+    """own_precision, and with gradients, whatever no_grad or inference_mode say outside."""
+    @functools.wraps(step)
+    @own_precision
+    def run(self, x):
+        with torch.inference_mode(False), torch.enable_grad():
+            return step(self, x.clone() if x.is_inference() else x)  # autograd saves no inference tensors
+
+    return run
+
+class InputError(ValueError):
+    """A value that cannot work; the message names it and says what is accepted."""
+
+class Unavailable(LookupError):
+    """A file, run, device or model that is not here; the message says what to do next."""
 
 def option(default, doc, *choices, low=0, high=math.inf):
     """A field of Config: its default, what it is, and the values accepted."""
     return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high))
 
-DTYPES = "auto", "float32", "bfloat16"
+# ==================== Part one: the method ====================
+# ---- 1. Configuration ----------------------------------------
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. The command line makes its options from these fields."""
+    """What training depends on beside the data. InputError for a value that cannot work."""
 
     # The dictionary. (paper: 4096) is the paper's value; (paper), (authors): the default is theirs
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
-    activation: str = option("batchtopk", "what selects latents", "batchtopk", "topk", "jumprelu")
-    normalize: str = option("scale", "fit steps to the size of x, or standardise tokens", "scale", "token")
+    activation: str = option("batchtopk", "what selects latents")
+    normalize: str = option("scale", "fit steps to the size of x")
     init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
-    # Training
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
@@ -84,246 +93,138 @@ class Config:
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
-    step: str = option("sparse", "sparse is fast, plain is autograd; same results", "sparse", "plain")
-    encoder_dtype: str = option("auto", "precision of the encoder product; auto: bfloat16 if fast", *DTYPES)
-    checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
-    checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
+    step: str = option("sparse", "sparse is fast, plain is autograd; same results")
+    encoder_dtype: str = option("auto", "precision of the encoder product; auto: bfloat16 if fast")
+    eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
-    # Activations of a language model, for part two: skip to eval_tokens, the last
-    model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
-    layer: int = option(1, "block of the model that is read")
-    site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
-                       "resid_pre", "resid_post", "mlp_out", "attn_out")
-    module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
-    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it", *DTYPES)
-    dataset: str = option("stdlib", "a hub data set, a .txt, .jsonl or .parquet file, or Python's stdlib")
-    dataset_config: str = option("", "configuration of a hub data set that has several")
-    text_column: str = option("text", "column that holds the text")
-    context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
-    prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
-    skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
-    max_norm: float = option(5, "leave out tokens whose norm is over this multiple of the median; 0: none")
-    norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
-    model_batch: int = option(32, "contexts in one forward pass of the model", low=1)
-    buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
-    eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
-    ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
 
     def __post_init__(self):
-        check_config(self)
+        check_config(self)  # which also knows what activation, normalize and step may be
 
     def n_kept(self, rows: int) -> int:
         """N, the number of entries kept among `rows` tokens, at least 1."""
         return max(1, int(self.k * rows + 1e-6))  # 0.29 · 100 is 28.999… in binary
 
-    # Presets and files: skip to section 2
-
-    @classmethod
-    def preset(cls, name: str, recipe: str = "ours", **overrides) -> Config:
-        """One of PRESETS, trained by one of RECIPES, with some fields replaced; give at least d_model."""
-        check_choice("preset", name, PRESETS)
-        check_choice("recipe", recipe, RECIPES)
-        return cls(**PRESETS[name] | RECIPES[recipe] | overrides)
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike) -> Config:
-        """The configuration of a run. Unavailable if there is none, InputError if it is damaged or older."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise Unavailable(f"{str(folder)!r} holds no run")
-        try:
-            return cls(**BEFORE | json.loads(path.read_text(encoding="utf-8")))
-        except Exception as error:
-            raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
-
 # ---- 2. Selection: what BatchTopK keeps ----------------------
 
-def row_topk(z: Tensor, k: int) -> Tensor:
-    """TopK (Gao et al. 2024): zero all of z [..., F] but the k largest positive entries of each row."""
-    values, latent = z.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(z).scatter(-1, latent, values.relu())  # relu: fewer may be positive
-
 def batch_topk(z: Tensor, n: int) -> Tensor:
-    """BatchTopK (paper, section 3): TopK with the whole batch as one row. z may have any shape.
+    """BatchTopK (paper, section 3): zero all entries of z, of any shape, but the n largest positive ones.
 
-    Gradients flow through the values of the kept entries alone. Which of several equal entries are kept is
-    unspecified. InputError for a negative n.
+    Gradients flow through the kept values alone. Which of equal entries are kept is unspecified.
 
         >>> batch_topk(torch.tensor([[5., 1., 0.], [4., 3., -2.]]), 3)
         tensor([[5., 0., 0.],
                 [4., 3., 0.]])
     """
-    if n < 0:
-        raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
-    return row_topk(z.flatten(), min(n, z.numel())).view_as(z)
+    check_count(n)
+    flat = z.flatten()
+    values, places = flat.topk(min(n, len(flat)), sorted=False)
+    return torch.zeros_like(flat).scatter(0, places, values.relu()).view_as(z)  # fewer may be positive
 
 # ---- 3. The sparse autoencoder -------------------------------
 
 class SAE(nn.Module):
-    """A sparse autoencoder. `share` is for torchrun: which latents a process holds."""
+    """A BatchTopK sparse autoencoder. Part two adds its methods save and load, and other kinds (make_sae)."""
 
-    @torch.inference_mode(False)  # weights made in inference mode could not be trained
-    def __init__(self, config: Config, share: slice = slice(None)):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config = check_kind(config, self)
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
-        rows = functional.normalize(torch.randn(F, D, generator=generator)[share], dim=1)
+        rows = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
         encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # as their kaiming_uniform
         self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D]: latent j reads row j; SAELens's is [D, F]
         self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes row j, of norm 1
-        self.b_enc = nn.Parameter(torch.zeros(len(rows)))
+        self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
-        if config.activation == "jumprelu":
-            self.log_threshold = nn.Parameter(torch.zeros(len(rows)))  # each latent's, instead of θ
         self.register_buffer("theta", torch.tensor(math.nan))  # θ, NaN until it has been estimated
-        self.register_buffer("tokens_since_fired", torch.zeros(len(rows), dtype=torch.int64))
+        self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
 
     @own_precision
     def pre_activations(self, x: Tensor) -> Tensor:
         """Z = (x - b_dec) W_encᵀ + b_enc: [B, D] -> [B, F]."""
         return functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
 
-    def threshold(self) -> Tensor:
-        """What an entry must exceed at inference: θ [], or JumpReLU's thresholds [F]."""
-        if self.config.activation == "jumprelu":
-            return self.log_threshold.exp()
-        if self.theta.isnan():
-            raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
+    def get_theta(self) -> Tensor:
+        """θ, which an entry must exceed at inference. Unavailable if it was never estimated."""
+        check_estimated(self.theta)
         return self.theta
 
     def select(self, z: Tensor, selection: str) -> Tensor:
-        """Zero all of Z [B, F] but the active entries: the k·B largest, or those above the threshold."""
-        check_choice("selection", selection, ("theta", "batch"))
-        if self.config.activation == "topk":
-            return row_topk(z, int(self.config.k))
-        if selection == "batch" and self.config.activation == "batchtopk":
+        """Zero all of Z [B, F] but the active entries: the k·B largest, or those above θ."""
+        if selection == "batch":
             return batch_topk(z, self.config.n_kept(len(z)))
-        return z.masked_fill(z.float() <= self.threshold(), 0.0)  # not where(z > θ, z, 0): a NaN must stay
+        return z.masked_fill(z.float() <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): a NaN must stay
 
     def as_rows(self, x: Tensor) -> Tensor:
-        """x [..., D] as rows [B, D] in the dtype of the weights, standardised if normalize="token"."""
-        if x.shape[-1:] != self.b_dec.shape or not x.is_floating_point():
-            raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {len(self.b_dec)}]")
-        rows = x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
-        return standardize(rows, self.config.normalize == "token")[0]
+        """Activations x [..., D] as rows [B, D] in the dtype of the weights."""
+        check_activations(x, len(self.b_dec))
+        return x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
 
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """Activations x [..., D], as the model gives them and of any float dtype, to latents f [..., F].
+        """Activations x [..., D], of any float dtype, to latents f [..., F].
 
-        selection is "theta", the inference form Z · 1[Z > θ], where each row depends on itself alone, or
-        "batch", BatchTopK over all rows of x, as in training. TopK and JumpReLU have one form each.
-        Raises InputError for another width or selection, Unavailable if θ was never estimated.
+        selection: "theta", the inference form Z · 1[Z > θ], in which each row depends on itself alone, or
+        "batch", BatchTopK over all rows of x, as in training. InputError for x of another width.
         """
+        check_choice("selection", selection, ("theta", "batch"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
         return f.view(*x.shape[:-1], f.shape[-1])
 
     @own_precision
     def decode(self, f: Tensor) -> Tensor:
-        """Latents f [..., F] to reconstructions [..., D]; for normalize="token", `restore` has to follow."""
+        """X̂ = f W_dec + b_dec: latents [..., F] to reconstructions [..., D]."""
         return f @ self.W_dec + self.b_dec
-
-    def restore(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Undo standardize: x_hat [..., D] in the units of x [..., D]."""
-        _, mean, std = standardize(x.to(self.W_enc.dtype), self.config.normalize == "token")
-        return x_hat * std + mean
 
     def forward(self, x: Tensor, selection: str = "theta") -> Tensor:
         """The reconstruction of x [..., D], in the units of x. As for encode."""
-        return self.restore(self.decode(self.encode(x, selection)), x)
+        return self.decode(self.encode(x, selection))
 
     def is_dead(self) -> Tensor:
         """Which latents [F] have been silent for config.dead_tokens tokens or more."""
         return self.tokens_since_fired >= self.config.dead_tokens
 
     @torch.no_grad()
-    @own_precision
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
-        """The active entries of encode: (row, latent) [2, m] int64, in order, and values [m] float32.
+        """The active entries of encode, with x as rows: (row, latent) [2, m], in order, and values [m]."""
+        return active_entries(self, x, selection)
 
-        Leading dimensions of x are flattened to rows.
-        """
-        rows = self.as_rows(x)
-        if self.config.step == "sparse" and len(rows):
-            return sparse_entries(self, rows, selection)  # section 7: the same without a [B, F] matrix
-        f = self.select(self.pre_activations(rows), selection)
-        return f.nonzero().T, f[f != 0].float()
-
-    # Files and precision: skip to section 4
-
-    def save(self, folder: str | os.PathLike):
-        """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
-        config, tensors = self.config.to_json(), processes.all_latents(self.state_dict())
-        if processes.rank == 0:
-            save_tensors(Path(folder) / "sae.safetensors", tensors, config)
-            write_atomically(Path(folder) / "config.json", config.encode())
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike, device: str = "cpu") -> SAE:
-        """Read what save wrote. Unavailable if there is nothing, InputError if it is damaged."""
-        config, path = Config.load(folder), Path(folder) / "sae.safetensors"
-        if not path.is_file():
-            raise Unavailable(f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`")
-        tensors = load_tensors(path, Path(folder, "config.json").read_text(encoding="utf-8"))
-        sae = cls(config)
-        sae.load_state_dict(tensors)
-        return sae.to(device)
-
-    def _apply(self, fn, recurse=True):
-        """What to() and half() call. Thresholds stay in float32: in bfloat16 θ would move by up to 0.4 %."""
-        exact = {n: t for n, t in self.state_dict().items() if n in ("theta", "log_threshold")}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():
-            getattr(self, name).data = tensor.to(self.W_dec.device)
-        return self
+SAES = {"batchtopk": SAE}  # the classes of SAEs, by Config.activation
 
 # ---- 4. Loss -------------------------------------------------
 
-def loss(sae: SAE, x: Tensor, penalty: tuple[float, float] | None = None):
-    """mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D], as from SAE.as_rows.
-
-    Returns the loss, its parts mse (summed over D) and aux, and f [B, F]. The penalty is JumpReLU's.
-    """
-    z, sparsity, cfg = sae.pre_activations(x), 0.0, sae.config
-    if penalty:
-        f, n_active = jumprelu(z, sae.threshold(), penalty[1])
-        sparsity = penalty[0] * n_active / len(x)
-    else:  # JumpReLU too, at the start of a run
-        f = row_topk(z, int(cfg.k)) if cfg.activation == "topk" else batch_topk(z, cfg.n_kept(len(z)))
+@functools.singledispatch  # another kind of SAE can have another loss
+def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L = mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D]. Returns L, mse, L_aux and f [B, F]."""
+    f = sae.select(sae.pre_activations(x), "batch")
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
-    aux, _, _ = auxiliary_loss(sae, x, residual.detach())
-    return mse + cfg.aux_coef * aux + sparsity, mse, aux, f
+    aux = auxiliary_loss(sae, x, residual.detach())
+    return mse + sae.config.aux_coef * aux, mse, aux, f
 
-AUX_SHARE = 1 / 192  # L_aux computes at most this share of the B·F pre-activations
+AUX_SHARE = 1 / 192  # L_aux computes at most this share of the B·F pre-activations, to bound its cost
 
-def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor):
+def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
 
-        e = X - X̂,   ê = (the k_aux largest Z of the dead latents, per token) W_dec,   L_aux = mean ‖e - ê‖²
+        e = X - X̂,  ê = (the k_aux largest Z of the dead latents, per token) W_dec,  L_aux = mean ‖e - ê‖²
 
     No ReLU here: with one, a latent with negative Z on all tokens would get no gradient. The residual e is a
-    constant, so that live latents get none from L_aux. With more than F / 192 dead latents only the first
-    tokens of the batch are used, to bound the cost.
-    Returns L_aux and, for the sparse step, the dead latents and the weights that L_aux depends on.
+    constant, so that live latents get none. With many dead latents only the batch's first tokens are used.
     """
     cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
-    weights = sae.W_enc[dead], sae.b_enc[dead], sae.W_dec[dead], sae.b_dec
-    W_enc, b_enc, W_dec, b_dec = weights
-    n_dead = processes.total(len(dead))
-    if not n_dead or not cfg.aux_k:
-        return x.new_zeros(()), dead, weights
-    n_rows = min(len(x), max(1, int(AUX_SHARE * len(x) * cfg.n_latents / n_dead)))
-    z = functional.linear(x[:n_rows] - b_dec, W_enc, b_enc)
-    k = min(math.ceil(cfg.aux_k / processes.size), len(dead))
-    values, latent = z.topk(k, dim=1, sorted=False)
-    e_hat = processes.sum_(torch.zeros_like(z).scatter(1, latent, values) @ W_dec)
-    return (residual[:n_rows] - e_hat).square().sum(1).mean(), dead, weights
+    if not len(dead) or not cfg.aux_k:
+        return x.new_zeros(())
+    n_rows = max(1, int(AUX_SHARE * len(x) * cfg.n_latents / len(dead)))
+    z = functional.linear(x[:n_rows] - sae.b_dec, sae.W_enc[dead], sae.b_enc[dead])
+    values, place = z.topk(min(cfg.aux_k, len(dead)), dim=1, sorted=False)
+    e_hat = torch.zeros_like(z).scatter(1, place, values) @ sae.W_dec[dead]
+    return (residual[:n_rows] - e_hat).square().sum(1).mean()
 
 # ---- 5. θ: one number that stands in for the batch -----------
+
+# The threshold of a batch is the smallest positive entry that BatchTopK keeps of it. θ is the mean of many of
+# them: it makes the same cut for a token by itself, with k active latents on average.
 
 THETA_RATE = 0.01  # weight of a new batch in the running average
 
@@ -331,32 +232,23 @@ def running_rate(rate, n):
     """Weight of the n-th value in a running average with bias correction: 1, falling to `rate`."""
     return rate / (1 - (1 - rate) ** n)
 
-def update_theta_(sae: SAE, smallest: float, n: int):
-    """Running average of θ = E[smallest positive kept entry of a batch] (paper, equation 4), in training.
+def update_theta_(sae: SAE, threshold: float, n: int):
+    """Running average of θ = E[threshold of a batch] (paper, equation 4), after the n-th training step.
 
-    This gives an unfinished SAE its θ; `train` ends with calibrate, which replaces it.
+    It serves an unfinished SAE; `train` ends with calibrate, which replaces it.
     """
-    theta = sae.theta.nan_to_num(smallest)  # NaN at first
-    sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (smallest - theta))
+    theta = sae.theta.nan_to_num(threshold)  # NaN at first
+    sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (threshold - theta))
 
+@functools.singledispatch
 @torch.no_grad()
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
-    """Set θ to the mean, over held-out batches of config.batch_size tokens, of the smallest kept entry.
-
-    A shorter last batch is left out if there are others: its smallest kept entry says little of theirs.
-    JumpReLU's thresholds are multiplied by a factor found in the same way, so that L0 becomes k and methods
-    are compared at equal L0. InputError if no entry is positive.
-    """
-    if sae.config.activation == "jumprelu":
-        return calibrate_jumprelu(sae, batches)
-    smallest = []
-    for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
-        if len(x) == sae.config.batch_size or not smallest:
-            smallest.append(processes.least(sae.encode_sparse(x, "batch")[1]))
-    smallest = [value for value in smallest if value != math.inf]  # it is ∞ if nothing was positive
-    theta = sum(smallest) / max(1, len(smallest))
-    if not 0 < theta < math.inf:
-        raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
+    """Set θ to the mean threshold of held-out tokens [n, D], rebatched to config.batch_size; returns it."""
+    batches = whole_batches(batches, sae.config.batch_size, sae.W_dec.device)
+    thresholds = [smallest(sae.encode_sparse(x, "batch")[1]) for x in batches]
+    thresholds = [threshold for threshold in thresholds if threshold != math.inf]  # ∞: nothing was positive
+    theta = sum(thresholds) / max(1, len(thresholds))
+    check_theta(theta)
     sae.theta.fill_(theta)
     return theta
 
@@ -364,7 +256,7 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
 
 class StepStats(NamedTuple):
     """What Trainer.step reports about its batch."""
-    loss: float  # mse + α·aux, for JumpReLU + λ·l0
+    loss: float
     mse: float  # mean over tokens of ‖x - x̂‖², summed over D
     aux: float
     fvu: float  # mse over the variance of the first batches; predicting the mean gives 1
@@ -376,69 +268,45 @@ class StepStats(NamedTuple):
 DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1)
 
 class Trainer:
-    """Trains one SAE step by step, with plain_step below or the sparse step of section 7.
+    """Trains one SAE step by step.
 
-    With normalize="scale" the size of activations does not matter, yet x is never scaled: the loss has the
-    unit of x², biases that of x, weights none. Adam's steps are as large as the learning rate whatever the
-    unit of the loss, so it is enough to multiply those of the biases by x_std, the standard deviation of x.
+    With normalize="scale" the size of x does not matter, yet x is never scaled. The loss has the unit of x²,
+    biases that of x, weights none, and Adam's steps are as large as the learning rate whatever the unit of
+    the loss. So it is enough to multiply those of the biases by x_std, the standard deviation of x.
     """
 
-    @torch.inference_mode(False)
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
-        self.sae = SAE(cfg, processes.share(cfg)).to(self.device)
+        self.sae = make_sae(cfg, self.device)
         self.tokens_seen, self.steps = 0, 0
         self.x_std = self.variance = 0.0  # x_std² is the variance / D; 0 until initialize_
-        self.last_threshold = 0.0  # smallest entry kept by the last step, for section 7
-        self.l0_coef = 0.0  # JumpReLU's λ, in units of the inputs' variance
-        self.moments = {"updates": torch.zeros_like(self.sae.b_enc.data[:, None])}  # gradients of each latent
-        for name, parameter in self.sae.named_parameters():
-            self.moments |= {f"{name}.{moment}": torch.zeros_like(parameter) for moment in ("mean", "square")}
+        self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
+        self.adam = {name: adam_state(p.data) for name, p in self.sae.named_parameters()}
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
         """Set b_dec's start and x_std from x [n, D], by default the first batch."""
         x = self.sae.as_rows(x.to(self.device))
         variance = float((x - x.mean(0)).square().sum(1).mean())
-        self.check_finite(variance)
-        if len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean()):
-            raise InputError("all activations are equal: there is nothing to learn")
+        check_variance(variance, x)
         if self.cfg.init == "data":
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0  # one token has none
         self.x_std = math.sqrt(self.variance / x.shape[1]) if self.cfg.normalize == "scale" else 1.0
 
-    def check_finite(self, value: float):
-        if not math.isfinite(value):  # called before anything is changed
-            raise InputError(f"loss {value} at token {self.tokens_seen}: x is not finite, or lr is too high")
-
-    @own_precision
-    @torch.inference_mode(False)  # what is on outside has no effect here
-    @torch.enable_grad()
+    @own_modes
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D]. InputError for anything else."""
-        if x.ndim != 2 or not len(x):
-            raise InputError(f"x has the shape {list(x.shape)}; give [B, {self.cfg.d_model}]")
-        if x.is_inference():
-            x = x.clone()  # autograd saves no other
+        check_batch(x, self.cfg.d_model)
         if not self.x_std:
             self.initialize_(x)
-        sae, cfg, lr = self.sae, self.cfg, self.learning_rate()
-        penalty = jumprelu_penalty(self) if cfg.activation == "jumprelu" else None
-        take_step = plain_step if cfg.step == "plain" else sparse_step
-        mse, aux, latent, value = take_step(self, sae.as_rows(x.to(self.device)), penalty)
+        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]
+        total, mse, aux, l0, dead, threshold = take_step(self, self.sae.as_rows(x.to(self.device)))
         self.tokens_seen += len(x)
         self.steps += 1
-        sae.tokens_since_fired.add_(len(x)).index_fill_(0, latent, 0)
-        dead = int(processes.total(int(sae.is_dead().sum())))
-        l0, smallest = processes.total(len(value)) / len(x), processes.least(value)
-        total = mse + cfg.aux_coef * aux
-        if cfg.activation == "jumprelu":
-            total += update_jumprelu_(self, penalty, l0, smallest)
-        elif l0:
-            self.last_threshold = smallest
-            update_theta_(sae, smallest, self.steps)
-        return StepStats(total, mse, aux, mse / self.variance, l0, dead, smallest, lr)
+        stats = StepStats(total, mse, aux, mse / self.variance, l0, dead, threshold, lr)
+        learn_thresholds_(self.sae, self, stats)
+        return stats
 
     def learning_rate(self) -> float:
         """The next step's: linear warm-up, constant, linear decay to zero, by tokens."""
@@ -447,54 +315,63 @@ class Trainer:
         rise = (self.tokens_seen + cfg.batch_size) / max(cfg.warmup * cfg.tokens, 1)  # not 0 at first
         return peak * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
-    def stored(self, name: str) -> list[Tensor]:
-        """Views of a parameter and its two moments, for update_ to write to; vectors as columns."""
-        tensors = getattr(self.sae, name).data, self.moments[f"{name}.mean"], self.moments[f"{name}.square"]
-        return [t.view(len(t), -1) for t in tensors]
-
     @torch.no_grad()
-    def update_(self, name: str, g: Tensor, n: Tensor | None = None, tensors: list[Tensor] | None = None):
-        """One step of Adam, in place, on a parameter and its moments, or on `tensors`, some rows of these.
+    def update_(self, name: str, g: Tensor, rows: Tensor | slice = slice(None)):
+        """Lazy Adam, as torch.optim.SparseAdam: step those rows of a parameter that got a gradient, g.
 
-        n [rows, 1] counts the gradients that each row has had, this one included; by default every step gave
-        one. 0 means none in this step: the row and its moments stay as they are ("lazy", as in
-        torch.optim.SparseAdam). Dense Adam would shrink a rare latent's moments to nothing between firings.
+        Adam on all rows would shrink a rare latent's moments to nothing between two tokens that it fires on.
         """
-        W, mean, square = tensors or self.stored(name)
-        n = torch.full_like(W[:1, :1], self.steps + 1) if n is None else n
-        g, silent = g.view(len(g), -1), n == 0
+        stored = getattr(self.sae, name).data, *self.adam[name]
+        taken = [t[rows] for t in stored]
+        self.adam_(name, g, *taken)
+        for old, new in zip(stored, taken):
+            old[rows] = new
+
+    def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, n: Tensor):
+        """Adam (Kingma & Ba 2015) in place, on rows of a parameter and what `adam` holds for them."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
-        # Adam's ε has the unit of the gradient: the loss's over the parameter's. Where it is ∞ nothing moves
-        epsilon = torch.full_like(n, 1e-8 * self.x_std**2 / unit).masked_fill_(silent, math.inf)
-        if name == "W_dec":
-            g.addcmul_(W, (g * W).sum(1, keepdim=True), value=-1)  # drop the part along the row
-        # The moments are stored with the bias corrected: running_rate (∞ for n = 0) takes the place of 1 - β
-        mean.lerp_(g, running_rate(1 - self.cfg.beta1, n).masked_fill_(silent, 0.0))
-        square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n).masked_fill_(silent, 0.0))
+        epsilon = 1e-8 * self.x_std**2 / unit  # in the unit of the gradient: the loss's over the parameter's
+        if name == "W_dec":  # rows keep norm 1, so their gradient's part along the row is dropped
+            g = g.addcmul(W, (g * W).sum(1, keepdim=True), value=-1)
+        n += 1
+        mean.lerp_(g, running_rate(1 - self.cfg.beta1, n))  # with the correction of Adam's bias in the rate
+        square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n))
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-lr)
         if name == "W_dec":
-            W.div_(W.norm(dim=1, keepdim=True).masked_fill_(silent, 1.0))  # back to norm 1
+            W.div_(W.norm(dim=1, keepdim=True))
 
-def plain_step(trainer: Trainer, x: Tensor, penalty=None):
-    """One step on x [B, D] (see SAE.as_rows). Returns mse, aux, and the active entries' latent and value."""
-    total, mse, aux, f = loss(trainer.sae, x, penalty)
-    trainer.check_finite(mse.item())
-    names, parameters = zip(*trainer.sae.named_parameters())
-    gradient = dict(zip(names, torch.autograd.grad(total, parameters, materialize_grads=True)))
-    touched = gradient["W_dec"].any(1, keepdim=True)  # [F, 1]: active, or in L_aux
-    n = touched * trainer.moments["updates"].add_(touched)  # 0 for latents without one
-    for name, g in gradient.items():
-        trainer.update_(name, g, n if name in ("W_enc", "W_dec", "b_enc") else None)
-    return mse.item(), aux.item(), f.nonzero()[:, 1], f.detach()[f != 0]
+def plain_step(trainer: Trainer, x: Tensor) -> tuple:
+    """One step on x [B, D] (see SAE.as_rows). Returns loss, mse, aux, l0, dead, threshold as in StepStats."""
+    sae = trainer.sae
+    total, mse, aux, f = loss(sae, x)
+    check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
+    total.backward()
+    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # the latents that were active, or in L_aux
+    for name, p in sae.named_parameters():
+        rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
+        trainer.update_(name, p.grad[rows], rows)
+    sae.zero_grad()
+    active = f > 0
+    sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
+    l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
+    return total.item(), mse.item(), aux.item(), l0, dead, smallest(f.detach()[active])
+
+STEPS = {"plain": plain_step}  # by Config.step
+
+@functools.singledispatch  # another kind of SAE can have other thresholds
+def learn_thresholds_(sae: SAE, trainer: Trainer, stats: StepStats):
+    """What a step learns without a gradient: θ, unless nothing was positive."""
+    if stats.l0:
+        trainer.last_threshold = stats.threshold
+        update_theta_(sae, stats.threshold, trainer.steps)
 
 def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
-    Args: batches, any iterable of float tensors [n, D] of any n; a list is repeated.
-        The first 5 % of cfg.tokens (a batch or more, at most cfg.eval_tokens) are held out for b_dec, x_std
-        and θ; a generator has to give cfg.tokens on top, a repeated list trains on them in its second pass.
-    Raises: InputError if `batches` ends early, or for values no SAE can be trained on.
+    batches: any iterable of float tensors [n, D] of any n; a list is repeated. The first 5 % of cfg.tokens (a
+    batch or more, at most cfg.eval_tokens) are held out for b_dec, x_std and θ; a generator has to give
+    cfg.tokens on top, a repeated list trains on them in its second pass. InputError if it ends early.
     """
     trainer = Trainer(cfg)
     stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)
@@ -503,29 +380,19 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     if held_out:
         trainer.initialize_(torch.cat(held_out))
     while trainer.tokens_seen < cfg.tokens:
-        if (x := next(stream, None)) is None:
+        x = next(stream, None)
+        if x is None:
             raise InputError(f"the batches ended after {trainer.tokens_seen} of {cfg.tokens} tokens")
         trainer.step(x[: cfg.tokens - trainer.tokens_seen])
     calibrate(trainer.sae, held_out)
     return trainer.sae
 
-def repeat(make):
-    """The items of make(), made again and again until one gives nothing."""
-    while (first := next(items := iter(make()), None)) is not None:
-        yield first
-        yield from items
-
-# ---- What both parts use: errors, settings, devices, batches ----
-
-class InputError(ValueError):
-    """A value that cannot work; the message names it and says what is accepted."""
-
-class Unavailable(LookupError):
-    """A file, run, device or model that is not here; the message says what to do next."""
+# ==================== Part two: fast and practical ====================
+# ---- What both parts use: checks, devices, batches -----------
 
 def check_choice(name, value, choices):
     """InputError unless value is one of the choices."""
-    if value not in choices:
+    if value not in tuple(choices):
         raise InputError(f"{name} is {value!r}; choose one of: {', '.join(choices)}")
 
 @contextlib.contextmanager
@@ -538,12 +405,19 @@ def explained(message, kind=InputError):
     except Exception as error:
         raise kind(message) from error
 
+DTYPES = "auto", "float32", "bfloat16"
+
+def choices(field: dataclasses.Field) -> Iterable[str]:
+    """The values that a field of text accepts; none means any."""
+    tables = {"activation": SAES, "normalize": ("scale", "token"), "step": STEPS, "encoder_dtype": DTYPES}
+    return tables.get(field.name, field.metadata["choices"])
+
 def check_config(cfg: Config):
     """InputError for a value that a field does not accept, or values that do not fit together."""
     for field in dataclasses.fields(cfg):
         name, value, rules = field.name, getattr(cfg, field.name), field.metadata
-        if rules["choices"]:
-            check_choice(name, value, rules["choices"])
+        if choices(field):
+            check_choice(name, value, choices(field))
         elif field.type in ("int", "float"):
             whole, low, high = field.type == "int", rules["low"], rules["high"]
             number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
@@ -562,18 +436,78 @@ def check_config(cfg: Config):
         if not fine:
             raise InputError(message)
 
-LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
-BEFORE = dict(prepend_bos=False, max_norm=0.0)  # what files mean that were written before these fields
-PRESETS = {
-    "tiny": dict(n_latents=4096),
-    "gpt2-small": dict(LARGE, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
-    "gemma-2-2b": dict(LARGE, model="google/gemma-2-2b", layer=12, n_latents=16384, buffer_tokens=1 << 19),
-}
-RECIPES = {  # a recipe replaces what the preset says; the update of rows and L_aux stay as they are here
-    "ours": {},
-    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
-                  warmup=0, decay=0, dead_tokens=20_480),
-}
+def check_estimated(theta: Tensor):
+    """Unavailable if θ is NaN."""
+    if theta.isnan():
+        raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
+
+def check_theta(theta: float):
+    """InputError unless a calibrated θ is positive and finite."""
+    if not 0 < theta < math.inf:
+        raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
+
+def check_variance(variance: float, x: Tensor):
+    """InputError if the variance of tokens x [n, D] is no number, or they are all equal."""
+    check_finite(variance, 0)
+    if len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean()):
+        raise InputError("all activations are equal: there is nothing to learn")
+
+def check_count(n: int):
+    """InputError for a negative number of entries."""
+    if n < 0:
+        raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
+
+def check_batch(x: Tensor, d_model: int):
+    """InputError unless x is a batch [B, D] that is not empty."""
+    if x.ndim != 2 or not len(x):
+        raise InputError(f"x has the shape {list(x.shape)}; give [B, {d_model}]")
+
+def check_activations(x: Tensor, d_model: int):
+    """InputError unless x are activations [..., D]."""
+    if x.shape[-1:] != (d_model,) or not x.is_floating_point():
+        raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {d_model}]")
+
+def check_finite(loss: float, tokens_seen: int):
+    """InputError unless a step's loss is a number."""
+    if not math.isfinite(loss):
+        raise InputError(f"loss {loss} at token {tokens_seen}: x is not finite, or lr is too high")
+
+@torch.inference_mode(False)  # weights made in inference mode could not be trained
+def make_sae(cfg: Config, device: torch.device = torch.device("cpu")) -> SAE:
+    """A new SAE of the class for cfg; under torchrun it holds the latents of this process."""
+    return processes.keep_share_(sae_class(cfg)(cfg)).to(device)
+
+def sae_class(cfg: Config) -> type[SAE]:
+    """The class of SAEs for an activation and a normalisation."""
+    kinds = SAES if cfg.normalize == "scale" else SAES_ON_STANDARDIZED
+    return kinds[cfg.activation]
+
+def check_kind(cfg: Config, sae: SAE) -> Config:
+    """cfg, if it is one for SAEs of this class."""
+    if not isinstance(sae, sae_class(cfg)):
+        raise InputError(f"{type(sae).__name__} does not fit activation {cfg.activation} with normalize "
+                         f"{cfg.normalize}; make_sae(config) gives the right class")
+    return cfg
+
+@own_precision
+def active_entries(sae: SAE, x: Tensor, selection: str) -> tuple[Tensor, Tensor]:
+    """SAE.encode_sparse, without a matrix [B, F] unless step="plain"."""
+    if sae.config.step == "sparse":
+        return sparse_entries(sae, x, selection)
+    f = sae.encode(x, selection).reshape(-1, len(sae.b_enc))
+    return f.nonzero().T, f[f != 0].float()
+
+@torch.inference_mode(False)
+def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of a parameter the mean, the mean square and the number of its gradients: zeros at first.
+
+    [F, D], [F, D] and [F, 1] for a matrix; for a vector each entry is a row.
+    """
+    return torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p[:, :1] if p.ndim == 2 else p)
+
+def smallest(values: Tensor) -> float:
+    """The smallest of the values of all processes, ∞ if there is none."""
+    return processes.least(values)
 
 def resolve_device(name: str) -> torch.device:
     """The device a Config asks for. Unavailable if this machine lacks it, InputError if it cannot train."""
@@ -583,12 +517,11 @@ def resolve_device(name: str) -> torch.device:
     check_choice("device", device.type, ("cpu", "cuda"))
     return device
 
-def standardize(x, per_token: bool):
-    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself."""
-    if not per_token:  # normalize="scale" leaves x alone: see Trainer
-        return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
-    return (x - mean) / std, mean, std
+def repeat(make):
+    """The items of make(), made again and again until one gives nothing."""
+    while (first := next(items := iter(make()), None)) is not None:
+        yield first
+        yield from items
 
 def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
     """Float32 batches [size, D] of tensors [..., D], in order; the last may be smaller."""
@@ -603,129 +536,171 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
     if n:
         yield torch.cat(pending)
 
-# ---- Several processes: torchrun -----------------------------
+def whole_batches(chunks, size, device):
+    """rebatch, without a shorter last batch if there are others: what it keeps says little of them."""
+    batches = rebatch(chunks, size, device)
+    yield from itertools.islice(batches, 1)
+    yield from (x for x in batches if len(x) == size)
 
-# Every process trains its share of the latents on all tokens of the batch. Weights, gradients and moments are
-# never sent, only activations, the largest values and reconstructions. In the auxiliary loss each process
-# takes its share of k_aux from its own dead latents.
-
-class Processes:
-    """The processes that torchrun started. One alone gets back what it gives."""
-    rank, size = 0, 1
-
-    def join(self, device: str):
-        """Under torchrun, join the others: NCCL on GPUs, one for each, otherwise gloo."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or self.size > 1:
-            return
-        cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
-        local = int(os.environ["LOCAL_RANK"])
-        if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
-            raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
-        if cuda:
-            torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def share(self, cfg: Config) -> slice:
-        """The latents of this process."""
-        if self.size > 1 and (cfg.n_latents % self.size or cfg.step == "plain" or cfg.activation == "topk"):
-            raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a "
-                             f"multiple of {self.size}, and train neither topk nor with --step plain")
-        n = cfg.n_latents // self.size
-        return slice(self.rank * n, (self.rank + 1) * n)
-
-    def sum_(self, t: Tensor) -> Tensor:
-        """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
-        if self.size > 1:
-            with explained("another process of this run has ended, or cannot be reached", Unavailable):
-                dist.all_reduce(t.data)
-        return t
-
-    def gather(self, t: Tensor) -> Tensor:
-        """[size, …]: the tensors of all processes, of one shape."""
-        places = t.new_zeros(self.size, *t.shape)
-        places[self.rank] = t
-        return self.sum_(places)
-
-    def total(self, number) -> float:
-        return float(self.sum_(torch.tensor(number, dtype=torch.float64)))
-
-    def least(self, values: Tensor) -> float:
-        least = float(values.min()) if len(values) else math.inf
-        return float(self.gather(torch.tensor(least, dtype=torch.float64)).min())
-
-    def largest(self, index, value, n: int):
-        """This process's part of the n largest entries; each brings its own n largest, or fewer."""
-        if self.size == 1:
-            return index, value
-        values = self.gather(functional.pad(value, [0, n - len(value)])).flatten()  # 0 is padding
-        best = values.argsort(descending=True, stable=True)[:n] - self.rank * n  # stable: the same for all
-        mine = best[(best >= 0) & (best < len(value))].sort().values
-        return index[mine], value[mine]
-
-    def all_latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state_dict in process 0's memory with the latents of all; in the others with their own."""
-        for name, mine in state.items() if self.size > 1 else ():
-            if name not in ("b_dec", "theta"):
-                latents = self.gather(mine.cpu()).flatten(0, 1)
-                state[name] = mine if self.rank else latents
-        return state
-
-processes = Processes()
-
-# ==================== Part two: fast and practical ====================
 # ---- 7. The same step, sparse --------------------------------
 
 # Only the encoder product has to be dense. All else touches the N = k·B kept entries, a thousandth of B·F.
+# An entry has a latent, a row (its token) and a value. Four operations do the work: find_entries, dots,
+# sum_rows and update_latents_.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
-UPDATE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
+UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
 BFLOAT16_ERROR = 0.01  # entries are nominated if their product may be too small by this share of it
-HINT = 0.95  # the search starts at this share of the last step's smallest kept entry
+HINT = 0.95  # the search starts at this share of the last step's threshold
+
+@torch.no_grad()
+def sparse_step(trainer: Trainer, x: Tensor):
+    """plain_step at the kept entries alone; under torchrun, those of this process's latents."""
+    sae, cfg = trainer.sae, trainer.cfg
+    centred, dtype = x - sae.b_dec, choose_dtype(cfg.encoder_dtype, x.device)
+    hint = HINT * trainer.last_threshold
+    latent, row, value, l0_coef, own_gradients = step_entries(sae, centred, hint, dtype)
+    order = row.argsort(stable=True)
+    starts = group_starts(row[order], len(x))
+    x_hat = processes.sum_(sum_rows(sae.W_dec, latent[order], value[order], starts))  # f W_dec
+    residual = centred - x_hat  # X - X̂
+    del x_hat, order
+    mse = residual.square().sum(1).mean()
+    aux, d_aux = auxiliary_gradient(sae, x, residual)
+    mse, aux = torch.stack([mse, aux]).tolist()  # on a GPU the host waits here
+    check_finite(mse, trainer.tokens_seen)
+    # Backward
+    g = residual * (-2 / len(x))  # ∂mse/∂X̂
+    del residual
+    d_f = dots(sae.W_dec, g, latent, row)  # ∂mse/∂f = g W_decᵀ
+    active = value > 0
+    d_value = d_f * active
+    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)
+    d_b_dec = g.sum(0) - processes.sum_(d_b_enc @ sae.W_enc)  # the encoder's share is a vector times a matrix
+    for name, d in own_gradients(d_f).items():
+        trainer.update_(name, d)
+    trainer.update_("b_dec", d_b_dec + d_aux.b_dec)
+    d_b_enc.index_add_(0, d_aux.dead, d_aux.b_enc)
+    update_latents_(trainer, (latent, row, value, d_value), centred, g, d_b_enc, d_aux)
+    # Counters
+    sae.tokens_since_fired.add_(len(x)).index_fill_(0, latent[active], 0)
+    l0 = processes.total(int(active.sum())) / len(x)
+    n_dead = int(processes.total(int(sae.is_dead().sum())))
+    return mse + cfg.aux_coef * aux + l0_coef * l0, mse, aux, l0, n_dead, smallest(value[active])
+
+STEPS["sparse"] = sparse_step
+
+class StepEntries(NamedTuple):
+    """What a training step keeps, by latent, then row, and what a kind of SAE adds to the loss."""
+    latent: Tensor
+    row: Tensor
+    value: Tensor
+    l0_coef: float = 0.0  # the loss has this times l0
+    own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda d_f: {}  # of parameters that only it has
+
+@functools.singledispatch
+def step_entries(sae, centred, hint, dtype) -> StepEntries:
+    """The entries that a training step keeps of x - b_dec = centred."""
+    return StepEntries(*search(sae, centred, "batch", hint, dtype))
+
+@functools.singledispatch
+def search(sae, centred, selection, hint, dtype=torch.float32):
+    """latent, row and value of the active entries, by latent, then row. hint: see find_entries."""
+    if selection == "theta":
+        return find_entries(sae, centred, sae.get_theta(), None, dtype)
+    return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
+
+def sparse_entries(sae, x, selection):
+    """SAE.encode_sparse without a matrix [B, F]; it computes in float32."""
+    check_choice("selection", selection, ("theta", "batch"))
+    rows, hint = sae.as_rows(x), HINT * float(sae.theta.nan_to_num(0.0))
+    size = 4096 if selection == "theta" else max(1, len(rows))  # with θ rows are independent: some at a time
+    indices, values = [rows.new_empty(2, 0, dtype=torch.int64)], [rows.new_empty(0, dtype=torch.float32)]
+    for start in range(0, len(rows), size):
+        centred = rows[start : start + size].float() - sae.b_dec.float()
+        latent, row, value = search(sae, centred, selection, hint)
+        order = row.argsort(stable=True)
+        indices.append(torch.stack([start + row[order], latent[order]]))
+        values.append(value[order])
+    return torch.cat(indices, dim=1), torch.cat(values)
+
+# Operation 1: find entries
 
 @torch.no_grad()
 def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
     """The n largest positive pre-activations of a batch, or with n=None all that exceed `hint`.
 
-    The latents are walked in chunks. When more than 2n entries are held, only the n largest stay, and the
-    smallest of these becomes the threshold that later ones must exceed. So one pass is exact if the first
-    threshold, `hint`, is not above the true one. If it was, fewer than n are found, and all is repeated.
-    In bfloat16 the product only nominates entries; their values are computed again in float32 and decide.
-    centred is x - b_dec [B, D]; hint a number or [F]. Returns latent, row, value [m], by latent, then row.
+    Args: centred, x - b_dec [B, D]; hint, a number, or without n also one for each latent [F]. With n it is
+        where the search begins and changes nothing in the result: if fewer than n exceed it, all is repeated.
+        dtype, of the product. In bfloat16 it only nominates entries: their values are computed again in
+        float32, and decide.
+    Returns: latent, row, value [m], by latent, then row.
     """
-    if sae.config.activation == "topk":
-        return row_entries(sae, centred)
-    n_rows, n_latents, columns = len(centred), len(sae.b_enc), centred.to(dtype).T
-    chunk = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))
-    scratch = torch.empty(chunk, n_rows, dtype=dtype, device=centred.device)
-    threshold = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
-    slack = BFLOAT16_ERROR if dtype == torch.bfloat16 else 0.0
-    index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
-    start, size = 0, chunk if n is None or hint else min(chunk, 1 + 2 * n // n_rows)  # half of all exceed 0
-    while start < n_latents:
-        part = slice(start, min(start + size, n_latents))
-        W, b, least = sae.W_enc[part], sae.b_enc[part].float(), threshold[part]
-        z = torch.mm(W.to(dtype), columns, out=scratch[: len(W)])
-        least_product = least - b  # rounding errs by a share of the product, whatever the threshold is
-        found = nonzero_flat(~(z <= (least_product - slack * least_product.abs())[:, None]))  # NaN is seen
-        latent = found // n_rows
-        if dtype == torch.bfloat16:
-            z = sampled_product(W.float(), centred, latent, found - latent * n_rows) + b[latent]
-            above = ~(z <= least[latent])
-            found, z = found[above], z[above]
-        else:
-            z = z.view(-1)[found] + b[latent]
-        index, value = torch.cat([index, found + start * n_rows]), torch.cat([value, z])
-        if n is not None and len(value) > (2 * n if part.stop < n_latents else n):
-            best = value.topk(n, sorted=False).indices.sort().values
-            index, value = index[best], value[best]
-            threshold = value.min().expand(n_latents)
-        start, size = part.stop, min(2 * size, chunk)
-    if n is not None:
-        if hint and processes.total(len(value)) < n:
-            return find_entries(sae, centred, 0.0, n, dtype)
+    n_rows, n_latents = len(centred), len(sae.b_enc)
+    if n is None:
+        thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
+        index, value = entries_above(sae, centred, thresholds, dtype)
+    else:
+        for start in (float(hint), 0.0):
+            index, value = largest_entries(sae, centred, start, n, dtype)
+            if processes.total(len(value)) >= n:
+                break
         index, value = processes.largest(index, value, n)
     return index // n_rows, index % n_rows, value
+
+def entries_above(sae, centred, thresholds, dtype):
+    """All entries above their latent's threshold [F]: index (latent · B + row) and value, ascending."""
+    columns, scratch = chunk_buffers(sae, centred, dtype)
+    found = [chunk_entries(sae, slice(start, start + len(scratch)), centred, columns, thresholds, scratch)
+             for start in range(0, len(sae.b_enc), len(scratch))]
+    index, value = zip(*found)
+    return torch.cat(index), torch.cat(value)
+
+def largest_entries(sae, centred, hint, n, dtype):
+    """The n largest entries above `hint`, or all if they are fewer: index and value, as entries_above.
+
+    When more than 2n entries are held, only the n largest stay, and the smallest of these becomes the
+    threshold that later ones must exceed. So one pass is exact if `hint` is not above the true threshold.
+    """
+    n_rows, n_latents = len(centred), len(sae.b_enc)
+    columns, scratch = chunk_buffers(sae, centred, dtype)
+    index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
+    threshold = centred.new_full((1,), hint)
+    start, size = 0, len(scratch)
+    if not hint:  # half of all entries exceed 0: begin with few, so that the threshold rises first
+        size = min(size, 1 + 2 * n // n_rows)
+    while start < n_latents:
+        part = slice(start, min(start + size, n_latents))
+        new = chunk_entries(sae, part, centred, columns, threshold.expand(n_latents), scratch)
+        index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
+        last = part.stop == n_latents
+        if len(value) > (n if last else 2 * n):
+            best = value.topk(n, sorted=False).indices.sort().values
+            index, value = index[best], value[best]
+            threshold = value.min()
+        start, size = part.stop, min(2 * size, len(scratch))
+    return index, value
+
+def chunk_buffers(sae, centred, dtype):
+    """centredᵀ in the product's dtype, and room for the pre-activations of a chunk of latents [size, B]."""
+    n_rows, n_latents = len(centred), len(sae.b_enc)
+    size = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))
+    return centred.to(dtype).T, torch.empty(size, n_rows, dtype=dtype, device=centred.device)
+
+def chunk_entries(sae, part, centred, columns, thresholds, scratch):
+    """entries_above of some of the latents. A NaN counts as above, so that it is seen."""
+    W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
+    z = torch.mm(W.to(columns.dtype), columns, out=scratch[: len(W)])
+    if z.dtype == torch.float32:
+        found = nonzero_flat(~(z <= (least - b)[:, None]))
+        value = z.view(-1)[found] + b[found // n_rows]
+    else:
+        found = nonzero_flat(~(z <= (least - b - BFLOAT16_ERROR * (least - b).abs())[:, None]))
+        latent, row = found // n_rows, found % n_rows
+        value = dots(W.float(), centred, latent, row) + b[latent]
+        above = ~(value <= least[latent])
+        found, value = found[above], value[above]
+    return found + part.start * n_rows, value
 
 def nonzero_flat(mask):
     """mask.view(-1).nonzero(); on a CPU NumPy's, which is faster; on a GPU the host waits here."""
@@ -733,96 +708,16 @@ def nonzero_flat(mask):
         return torch.from_numpy(mask.view(-1).numpy().nonzero()[0])
     return mask.view(-1).nonzero().squeeze(1)
 
-def row_entries(sae, centred):
-    """find_entries for TopK: the k largest positive entries of each row, some rows at a time."""
-    size, k = max(1, CHUNK_ENTRIES[centred.device.type] // len(sae.b_enc)), int(sae.config.k)
-    W, b = sae.W_enc.float(), sae.b_enc.float()
-    parts = [functional.linear(rows, W, b).topk(k, sorted=False) for rows in centred.split(size)]
-    value, latent = (torch.cat(part) for part in zip(*parts))
-    row, place = (~(value <= 0)).nonzero().T
-    latent, order = latent[row, place].sort(stable=True)
-    return latent, row[order], value[row, place][order]
+# Operation 2: dot products at entries
 
-def sparse_entries(sae, rows, selection):
-    """SAE.encode_sparse for rows from as_rows, without a [B, F] matrix."""
-    check_choice("selection", selection, ("theta", "batch"))
-    hint, n, size = HINT * float(sae.theta.nan_to_num(0.0)), sae.config.n_kept(len(rows)), len(rows)
-    if sae.config.activation == "jumprelu" or sae.config.activation == "batchtopk" and selection == "theta":
-        hint, n, size = sae.threshold(), None, 4096  # rows are independent: some at a time
-    indices, values = [], []
-    for start, part in zip(range(0, len(rows), size), rows.split(size)):
-        latent, row, value = find_entries(sae, part.float() - sae.b_dec.float(), hint, n)
-        order = row.argsort(stable=True)
-        indices.append(torch.stack([start + row[order], latent[order]]))
-        values.append(value[order])
-    return torch.cat(indices, dim=1), torch.cat(values)
+def dots(a, b, i, j):
+    """[m]: the products a[i_e] · b[j_e] of rows of a and b, for ascending i."""
+    with warnings.catch_warnings(action="ignore"):  # sparse CSR tensors are in beta
+        wanted = torch.sparse_csr_tensor(group_starts(i, len(a)), j, a.new_zeros(len(i)), (len(a), len(b)),
+                                         check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted, a, b.T, beta=0.0).values()
 
-@torch.no_grad()
-def sparse_step(trainer, x, penalty=None):
-    """plain_step, sparse. Entry i of f has a row r_i, a latent l_i and a value v_i."""
-    sae, cfg = trainer.sae, trainer.cfg
-    centred, dtype = x - sae.b_dec, choose_dtype(cfg.encoder_dtype, x.device)
-    # Search
-    hint, n = HINT * trainer.last_threshold, cfg.n_kept(len(x))
-    if penalty:
-        coef, width = penalty
-        hint, n = (sae.threshold() - 0.51 * width).clamp_min(0), None
-    latent, row, value = find_entries(sae, centred, hint, n, dtype)
-    if penalty:
-        with torch.enable_grad():
-            f, n_active = jumprelu(value, sae.threshold()[latent], width)
-        value = f.detach()
-    # Reconstruct: for each row a sum of decoder rows
-    order = row.argsort(stable=True)
-    x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row[order], len(x)))
-    residual = torch.sub(centred, processes.sum_(x_hat), out=x_hat)
-    mse = residual.square().sum(1).mean()
-    with torch.enable_grad():  # dense over the dead latents, differentiated by autograd
-        aux, dead, weights = auxiliary_loss(sae, x, residual)
-        d_aux = torch.autograd.grad(cfg.aux_coef * aux, weights) if aux.requires_grad else None
-    mse, aux = torch.stack([mse, aux.detach()]).tolist()  # on a GPU the host waits here
-    trainer.check_finite(mse)
-    # Backward, at the entries alone
-    g = residual.mul_(-2 / len(x))  # ∂mse/∂X̂
-    d_f = sampled_product(sae.W_dec, g, latent, row)  # ∂mse/∂f_i = g[r_i] · W_dec[l_i]
-    d_value = d_f * (value > 0)
-    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)
-    d_b_dec = g.sum(0) - processes.sum_(d_b_enc @ sae.W_enc)  # the encoder's share is a vector times a matrix
-    gradient, active = {"b_dec": d_b_dec}, latent[value > 0]
-    touched = torch.zeros_like(sae.b_enc, dtype=torch.bool).index_fill_(0, active, True)
-    if penalty:
-        slopes = d_f, n_active.new_tensor(coef / len(x))
-        [gradient["log_threshold"]] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
-    if d_aux:
-        d_b_enc.index_add_(0, dead, d_aux[1])
-        d_b_dec += processes.sum_(d_aux[3])
-        touched[dead] |= d_aux[2].any(1)
-    n = touched[:, None] * trainer.moments["updates"].add_(touched[:, None])
-    for name, d in gradient.items():
-        trainer.update_(name, d)
-    # Weight gradients, for each latent a sum of rows, and the update, while a few of them are in the cache
-    most = 2 * int(touched.sum()) > len(touched)  # then slices of all latents are faster than single rows
-    rows = torch.arange(len(touched), device=x.device) if most else touched.nonzero().squeeze(1)
-    starts = torch.searchsorted(latent, torch.cat([rows, rows.new_tensor([len(touched)])]))
-    size = UPDATE_ENTRIES[x.device.type] // cfg.d_model + 1
-    for first in range(0, len(rows), size):
-        block, groups = rows[first : first + size], starts[first : first + size + 1]
-        mine = slice(int(groups[0]), int(groups[-1]))
-        d_W_dec = sum_rows(g, row[mine], value[mine], groups - mine.start)  # fᵀ g
-        d_W_enc = sum_rows(centred, row[mine], d_value[mine], groups - mine.start)  # (∂mse/∂f)ᵀ (X - b_dec)
-        if d_aux:
-            here = torch.isin(dead, block)
-            at = torch.searchsorted(block, dead[here])
-            d_W_enc.index_add_(0, at, d_aux[0][here])
-            d_W_dec.index_add_(0, at, d_aux[2][here])
-        place = slice(first, first + size) if most else block
-        for name, d in (("W_enc", d_W_enc), ("W_dec", d_W_dec), ("b_enc", d_b_enc[block])):
-            stored = trainer.stored(name)
-            part = [t[place] if most else t.index_select(0, block) for t in stored]  # views, or copies
-            trainer.update_(name, d, n[place], part)
-            for old, new in zip(stored, part) if not most else ():
-                old.index_copy_(0, block, new)
-    return mse, aux, active, value[value > 0]
+# Operation 3: sums over groups
 
 def group_starts(groups, n: int):
     """Where each of n groups starts in ascending group numbers [m], and where the last one ends: [n + 1]."""
@@ -833,12 +728,85 @@ def sum_rows(rows, which, weights, starts):
     return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights,
                                     include_last_offset=True)
 
-def sampled_product(a, b, i, j):
-    """[m]: the entries (i, j) of a bᵀ alone, for ascending i."""
-    with warnings.catch_warnings(action="ignore"):  # sparse CSR tensors are in beta
-        wanted = torch.sparse_csr_tensor(group_starts(i, len(a)), j, a.new_zeros(len(i)), (len(a), len(b)),
-                                         check_invariants=False)
-    return torch.sparse.sampled_addmm(wanted, a, b.T, beta=0.0).values()
+# Operation 4: update rows
+
+def update_latents_(trainer, entries, centred, g, d_b_enc, d_aux):
+    """Trainer.update_ of W_enc, W_dec and b_enc for the latents that got a gradient.
+
+    The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec). They are
+    computed for a block of latents at a time and used at once, while they and the rows are in the cache.
+    Args: entries, (latent, row, value, d_value); d_b_enc [F]; d_aux, what L_aux adds for the dead latents.
+    """
+    latent, row, value, d_value = entries
+    learning = torch.zeros_like(d_b_enc, dtype=torch.bool)
+    learning[latent[value > 0]] = True
+    learning[d_aux.dead] = True
+    size = UPDATE_ENTRIES[g.device.type] // g.shape[1] + 1
+    for first in range(0, len(learning), size):
+        part = slice(first, min(first + size, len(learning)))
+        rows = first + learning[part].nonzero().squeeze(1)
+        most = 2 * len(rows) > part.stop - first
+        if most:  # then it is faster to step all of the block
+            rows = torch.arange(first, part.stop, device=g.device)
+        starts = torch.searchsorted(latent, torch.cat([rows, rows.new_tensor([part.stop])]))
+        mine = slice(int(starts[0]), int(starts[-1]))
+        starts = starts - mine.start
+
+        def update_(name, d):
+            if most:
+                update_block_(trainer, name, d, part, ~learning[part])
+            else:
+                trainer.update_(name, d, rows)
+
+        dead = torch.isin(d_aux.dead, rows)
+        places = torch.searchsorted(rows, d_aux.dead[dead])
+        d_W_dec = sum_rows(g, row[mine], value[mine], starts)
+        update_("W_dec", d_W_dec.index_add_(0, places, d_aux.W_dec[dead]))
+        del d_W_dec
+        d_W_enc = sum_rows(centred, row[mine], d_value[mine], starts)
+        update_("W_enc", d_W_enc.index_add_(0, places, d_aux.W_enc[dead]))
+        update_("b_enc", d_b_enc[rows])
+
+def update_block_(trainer, name, g, part, resting):
+    """Trainer.update_ of consecutive rows without copies: all are stepped, the resting get theirs back."""
+    block = [t[part] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
+    resting = resting.nonzero().squeeze(1)
+    before = [t.index_select(0, resting) for t in block]
+    trainer.adam_(name, g, *block)
+    for rows, old in zip(block, before):
+        rows.index_copy_(0, resting, old)
+
+# The auxiliary loss, dense over the dead latents
+
+class AuxGradient(NamedTuple):
+    """α · L_aux's gradient, for the latents that have one."""
+    dead: Tensor  # [m], ascending
+    W_enc: Tensor  # [m, D]
+    b_enc: Tensor  # [m]
+    W_dec: Tensor  # [m, D]
+    b_dec: Tensor  # [D]
+
+def auxiliary_gradient(sae, x, residual) -> tuple[Tensor, AuxGradient]:
+    """auxiliary_loss and its gradient. Each process takes its share of k_aux from its own dead latents."""
+    cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
+    weights = [t.detach()[dead].requires_grad_() for t in (sae.W_enc, sae.b_enc, sae.W_dec)]
+    weights.append(sae.b_dec.detach().requires_grad_())
+    W_enc, b_enc, W_dec, b_dec = weights
+    n_dead = processes.total(len(dead))
+    if not n_dead or not cfg.aux_k:
+        nothing = [torch.zeros_like(t[:0]) for t in weights[:3]]
+        return x.new_zeros(()), AuxGradient(dead[:0], *nothing, torch.zeros_like(b_dec))
+    n_rows = max(1, int(AUX_SHARE * len(x) * cfg.n_latents / n_dead))
+    k = min(math.ceil(cfg.aux_k / processes.size), len(dead))
+    with torch.enable_grad():  # as in auxiliary_loss
+        z = functional.linear(x[:n_rows] - b_dec, W_enc, b_enc)
+        values, place = z.topk(k, dim=1, sorted=False)
+        e_hat = processes.sum_(torch.zeros_like(z).scatter(1, place, values) @ W_dec)
+        aux = (residual[:n_rows] - e_hat).square().sum(1).mean()
+        d_W_enc, d_b_enc, d_W_dec, d_b_dec = torch.autograd.grad(cfg.aux_coef * aux, weights)
+    some = d_W_dec.any(1)
+    return aux.detach(), AuxGradient(dead[some], d_W_enc[some], d_b_enc[some], d_W_dec[some],
+                                     processes.sum_(d_b_dec))
 
 def choose_dtype(name, device):
     """What one of DTYPES stands for; "auto" for bfloat16 if the hardware multiplies it.
@@ -852,56 +820,222 @@ def choose_dtype(name, device):
         auto = flags.get("avx512_bf16") or flags.get("amx_bf16")
     return torch.bfloat16 if name == "bfloat16" or name == "auto" and auto else torch.float32
 
+# ---- 9. TopK and JumpReLU ------------------------------------
+
+# Two rivals of BatchTopK, and tokens that are standardised as in the authors' code.
+
+def row_topk(z: Tensor, k: int) -> Tensor:
+    """TopK (Gao et al. 2024): zero all of z [..., F] but the k largest positive entries of each row."""
+    values, latent = z.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter(-1, latent, values.relu())  # relu: fewer may be positive
+
+class TopKSAE(SAE):
+    """Keeps k latents of each token, in training and at inference."""
+
+    def select(self, z, selection):
+        return row_topk(z, int(self.config.k))
+
+@search.register(TopKSAE)
+def row_entries(sae, centred, selection, hint, dtype=torch.float32):
+    """The k largest positive entries of each row, some rows at a time; always in float32."""
+    size, k = max(1, CHUNK_ENTRIES[centred.device.type] // len(sae.b_enc)), int(sae.config.k)
+    W, b = sae.W_enc.float(), sae.b_enc.float()
+    parts = [functional.linear(rows, W, b).topk(k, sorted=False) for rows in centred.split(size)]
+    value, latent = (torch.cat(part) for part in zip(*parts))
+    row, place = (~(value <= 0)).nonzero().T
+    latent, order = latent[row, place].sort(stable=True)
+    return latent, row[order], value[row, place][order]
+
 JUMP_START = 0.3  # share of the run in which JumpReLU selects as BatchTopK and all thresholds follow its θ
 WINDOW = 0.03  # width ε of the kernel, in units of the inputs' root mean squared norm (their paper: 0.001)
 L0_RATE = 0.1  # how fast the penalty's weight λ follows L0 / k, per step
 
-def jumprelu(z, theta, width):
-    """JumpReLU's f of z, and how many entries are active; both with a straight-through gradient for θ.
+class JumpReLUSAE(SAE):
+    """JumpReLU (Rajamanoharan et al. 2024): each latent has its own θ_j = exp(log_threshold_j), learnt by
+    gradient, and the loss has a penalty λ · L0. `theta` stays NaN."""
 
-    Where |z - θ| < ε/2, f falls by θ/ε and the number by 1/ε as θ rises (Rajamanoharan et al. 2024, a
-    rival, equations 11 and 12).
+    def __init__(self, config):
+        super().__init__(config)
+        self.log_threshold = nn.Parameter(torch.zeros(config.n_latents))
+        # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
+        self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
+
+    def get_theta(self):
+        return self.log_threshold.exp()
+
+    def select(self, z, selection):
+        return super().select(z, "theta")
+
+def jumprelu(z, theta, width):
+    """f of z, and how many entries are active; both with a straight-through gradient for θ.
+
+    Where |z - θ| < ε/2, f falls by θ/ε and the number by 1/ε as θ rises (their equations 11 and 12).
     """
     active, near = (z > theta).to(z.dtype), ((z - theta).abs() < width / 2) & (z > 0)
     rise = near * (theta - theta.detach()) / width  # zeros that carry a gradient
     return z * active - theta.detach() * rise, (active - rise).sum()
 
-def jumprelu_penalty(trainer):
-    """λ and ε in units of the inputs; None at the start of the run."""
-    if not trainer.last_threshold or trainer.tokens_seen < JUMP_START * trainer.cfg.tokens:
-        return None
-    trainer.l0_coef = trainer.l0_coef or trainer.last_threshold**2 / (2 * trainer.variance)  # of an entry: z²
-    return trainer.l0_coef * trainer.variance, WINDOW * math.sqrt(trainer.variance)
+@loss.register(JumpReLUSAE)
+def jumprelu_loss(sae, x):
+    """loss, with f as BatchTopK's at the start of a run, and then with the penalty λ · L0."""
+    coef, width = sae.penalty.tolist()
+    z, sparsity = sae.pre_activations(x), 0 * sae.log_threshold.sum()  # a gradient of 0, for Adam's counts
+    if coef:
+        f, n_active = jumprelu(z, sae.get_theta(), width)
+        sparsity = coef * n_active / len(x)
+    else:
+        f = batch_topk(z, sae.config.n_kept(len(z)))
+    residual = x - sae.decode(f)
+    mse = residual.square().sum(1).mean()
+    aux = auxiliary_loss(sae, x, residual.detach())
+    return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
 
-def update_jumprelu_(trainer, penalty, l0, smallest):
-    """After a step: adapt λ, or at the start the thresholds. Returns the step's penalty λ · L0."""
-    if penalty:
-        trainer.l0_coef *= (max(l0, 1 / trainer.cfg.batch_size) / trainer.cfg.k) ** L0_RATE
-        return penalty[0] * l0
-    if l0:
-        trainer.last_threshold = smallest
-        trainer.sae.log_threshold.data.fill_(math.log(smallest))
-    return 0.0
+@search.register(JumpReLUSAE)
+def jumprelu_search(sae, centred, selection, hint, dtype=torch.float32):
+    return find_entries(sae, centred, sae.get_theta(), None, dtype)
 
-def calibrate_jumprelu(sae, batches):
-    """calibrate, with each latent's Z divided by its threshold: the θ found scales all thresholds."""
+@step_entries.register(JumpReLUSAE)
+def jumprelu_entries(sae, centred, hint, dtype):
+    """The entries above θ and those near it, whose f is 0 and which move the thresholds."""
+    coef, width = sae.penalty.tolist()
+    if not coef:
+        entries = find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
+        return StepEntries(*entries, 0.0, lambda d_f: {"log_threshold": torch.zeros_like(sae.log_threshold)})
+    lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
+    latent, row, z = find_entries(sae, centred, lowest, None, dtype)
+    with torch.enable_grad():
+        f, n_active = jumprelu(z, sae.get_theta()[latent], width)
+
+    def own_gradients(d_f):
+        slopes = d_f, n_active.new_tensor(coef / len(centred))
+        [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
+        return {"log_threshold": d}
+
+    return StepEntries(latent, row, f.detach(), coef, own_gradients)
+
+@learn_thresholds_.register(JumpReLUSAE)
+def adapt_penalty_(sae, trainer, stats):
+    """Adapt λ, so that L0 becomes k; at the start of a run set all thresholds to BatchTopK's."""
+    cfg = trainer.cfg
+    if sae.penalty[0]:
+        sae.penalty[0] *= (max(stats.l0, 1 / cfg.batch_size) / cfg.k) ** L0_RATE
+    elif stats.l0:
+        trainer.last_threshold = stats.threshold
+        sae.log_threshold.data.fill_(math.log(stats.threshold))
+        if trainer.tokens_seen >= JUMP_START * cfg.tokens:
+            sae.penalty[0] = stats.threshold**2 / 2  # an entry z takes about z² from the error
+            sae.penalty[1] = WINDOW * math.sqrt(trainer.variance)
+
+@calibrate.register(JumpReLUSAE)
+@torch.no_grad()
+def calibrate_thresholds(sae, batches):
+    """Multiply all thresholds by one factor, so that L0 becomes k and methods are compared at equal L0.
+
+    It is the θ of a BatchTopK SAE whose Z are divided by the thresholds.
+    """
+    cfg, theta = dataclasses.replace(sae.config, activation="batchtopk"), sae.get_theta()
     scaled = copy.deepcopy(sae)
-    scaled.config = dataclasses.replace(sae.config, activation="batchtopk")
-    scaled.W_enc.div_(sae.threshold()[:, None])
-    scaled.b_enc.div_(sae.threshold())
+    scaled.__class__, scaled.config = sae_class(cfg), cfg
+    scaled.W_enc.div_(theta[:, None])
+    scaled.b_enc.div_(theta)
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
     return factor
 
-# ---- 8. Activations of a language model ----------------------
+SAES |= {"topk": TopKSAE, "jumprelu": JumpReLUSAE}
+
+def standardize(x, per_token: bool):
+    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself."""
+    if not per_token:
+        return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    return (x - mean) / std, mean, std
+
+def restore(sae: SAE, x_hat: Tensor, x: Tensor) -> Tensor:
+    """What SAE.decode gives, x_hat [..., D], in the units of x [..., D]."""
+    _, mean, std = standardize(x.to(sae.W_enc.dtype), sae.config.normalize == "token")
+    return x_hat * std + mean
+
+class StandardizedTokens:
+    """For normalize="token": an SAE that reads and writes standardised tokens. Only forward undoes it."""
+
+    def as_rows(self, x):
+        return standardize(super().as_rows(x), True)[0]
+
+    def forward(self, x, selection="theta"):
+        return restore(self, super().forward(x, selection), x)
+
+class TokenSAE(StandardizedTokens, SAE):
+    pass
+
+class TokenTopKSAE(StandardizedTokens, TopKSAE):
+    pass
+
+class TokenJumpReLUSAE(StandardizedTokens, JumpReLUSAE):
+    pass
+
+SAES_ON_STANDARDIZED = {"batchtopk": TokenSAE, "topk": TokenTopKSAE, "jumprelu": TokenJumpReLUSAE}
+
+# ---- 10. Activations of a language model ----------------------
 
 TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  # the embedded default model
+
+@dataclass(frozen=True)
+class RunConfig(Config):
+    """Config, and what a run on a language model's activations depends on. The command line makes its options
+    from these fields."""
+
+    normalize: str = option("scale", "fit steps to the size of x, or standardise tokens")
+    model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
+    layer: int = option(1, "block of the model that is read")
+    site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
+                       "resid_pre", "resid_post", "mlp_out", "attn_out")
+    module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
+    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it", *DTYPES)
+    dataset: str = option("stdlib", "a hub data set, a .txt, .jsonl or .parquet file, or Python's stdlib")
+    dataset_config: str = option("", "configuration of a hub data set that has several")
+    text_column: str = option("text", "column that holds the text")
+    context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
+    prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
+    skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
+    max_norm: float = option(5, "leave out tokens whose norm is over this multiple of the median; 0: none")
+    norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
+    model_batch: int = option(32, "contexts in one forward pass of the model", low=1)
+    buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
+    ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
+    checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
+    checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
+
+    @classmethod
+    def preset(cls, name: str, recipe: str = "ours", **overrides) -> RunConfig:
+        """One of PRESETS, trained by one of RECIPES, with some fields replaced; give at least d_model."""
+        check_choice("preset", name, PRESETS)
+        check_choice("recipe", recipe, RECIPES)
+        return cls(**PRESETS[name] | RECIPES[recipe] | overrides)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> RunConfig:
+        """The configuration of a run; what an SAE saved from Python does not tell gets its default."""
+        return cls(**vars(load_config(Path(folder))[0]))
+
+BEFORE = dict(prepend_bos=False, max_norm=0.0)  # what files mean that were written before these fields
+LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
+PRESETS = {
+    "tiny": dict(n_latents=4096),
+    "gpt2-small": dict(LARGE, model="openai-community/gpt2", layer=8, n_latents=24576, buffer_tokens=1 << 20),
+    "gemma-2-2b": dict(LARGE, model="google/gemma-2-2b", layer=12, n_latents=16384, buffer_tokens=1 << 19),
+}
+RECIPES = {  # a recipe replaces what the preset says; the update of rows and L_aux stay as they are here
+    "ours": {},
+    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
+                  warmup=0, decay=0, dead_tokens=20_480),
+}
 
 class LanguageModel:
     """A causal language model and the site in it that the SAE reads."""
 
-    def __init__(self, model: str, layer: int = Config.layer, site: str = Config.site, module: str = "", *,
-                 dtype: str = "auto", device: str = "auto", skip_special: bool = True,
+    def __init__(self, model: str, layer: int = RunConfig.layer, site: str = RunConfig.site,
+                 module: str = "", *, dtype: str = "auto", device: str = "auto", skip_special: bool = True,
                  norm_limit: float = 0.0):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         self.device, self.skip_special = resolve_device(device), skip_special
@@ -922,7 +1056,7 @@ class LanguageModel:
         self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
-    def from_config(cls, cfg: Config) -> LanguageModel:
+    def from_config(cls, cfg: RunConfig) -> LanguageModel:
         lm = cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
                  skip_special=cfg.skip_special, norm_limit=cfg.norm_limit)
         longest = getattr(lm.model.config, "max_position_embeddings", cfg.context)
@@ -1232,7 +1366,7 @@ def outliers(x: Tensor, max_norm: float) -> LeftOut:
                       "these; a lower max_norm leaves them out")
     return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
 
-# ---- 10. Evaluation ------------------------------------------
+# ---- 11. Evaluation ------------------------------------------
 
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = None,
@@ -1284,7 +1418,7 @@ def reconstruct(sae, x, selection):
     (row, latent), value = sae.encode_sparse(x, selection)
     x_hat = processes.sum_(sum_rows(sae.W_dec, latent, value, group_starts(row, len(x))))
     active = processes.sum_(torch.bincount(row, minlength=len(x)))
-    return sae.restore(x_hat + sae.b_dec, x), active, torch.bincount(latent, minlength=len(sae.b_enc))
+    return restore(sae, x_hat + sae.b_dec, x), active, torch.bincount(latent, minlength=len(sae.b_enc))
 
 @torch.no_grad()
 def splice_losses(saes, lm, contexts, mean, on_context=None):
@@ -1340,7 +1474,7 @@ def edited_losses(lm, ids, where, edits):
         found.append(torch.stack([loss.double().sum(), kl.double().sum()]))
     return torch.stack(found).cpu()
 
-# ---- 11. Export ----------------------------------------------
+# ---- 12. Export ----------------------------------------------
 
 class ExportedSAE(nn.Module):
     """The inference form of an SAE for TorchScript, f = z · 1[z > θ]: nothing here depends on the batch.
@@ -1352,10 +1486,10 @@ class ExportedSAE(nn.Module):
         super().__init__()
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             self.register_buffer(name, getattr(sae, name).detach().to("cpu", dtype))
-        self.theta = sae.threshold().detach().cpu()  # no buffer, so that half() leaves it in float32
+        self.theta = sae.get_theta().detach().cpu()  # no buffer, so that half() leaves it in float32
         self.k = int(sae.config.k) if sae.config.activation == "topk" else 0
         self.per_token: bool = sae.config.normalize == "token"
-        self.norm_limit: float = sae.config.norm_limit or math.inf
+        self.norm_limit: float = getattr(sae.config, "norm_limit", 0) or math.inf
 
     def _encode(self, x):
         """z [..., F] and where it is inactive. A NaN is active, so that it can be seen."""
@@ -1422,7 +1556,7 @@ def torchscript_files(sae, x, dtype):
     flipped: entries active in one of the two alone; largest_difference: of the other entries.
     """
     scripted, file, pairs = torch.jit.script(ExportedSAE(sae, dtype).eval()), io.BytesIO(), []
-    data = scripted.save_to_buffer(_extra_files={"config.json": sae.config.to_json()})
+    data = scripted.save_to_buffer(_extra_files={"config.json": config_json(sae.config)})
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
         for part in old.infolist():
             if not part.filename.endswith(".debug_pkl"):  # they hold the path and source of this file
@@ -1446,9 +1580,9 @@ def torchscript_files(sae, x, dtype):
 def saelens_files(sae, *_):
     """SAELens's layout, version 6: cfg.json and sae_weights.safetensors."""
     from safetensors.torch import save
-    cfg, topk = sae.config, sae.config.activation == "topk"
+    cfg, topk = RunConfig(**vars(sae.config)), sae.config.activation == "topk"
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    tensors |= {} if topk else {"threshold": sae.threshold().expand(cfg.n_latents)}
+    tensors |= {} if topk else {"threshold": sae.get_theta().expand(cfg.n_latents)}
     metadata = dict(sae_lens_version="6.0.0", model_name=cfg.model, hf_hook_name=cfg.module or None,
                     hook_name=None if cfg.module else f"blocks.{cfg.layer}.hook_{cfg.site}",
                     context_size=cfg.context, prepend_bos=cfg.prepend_bos, dataset_path=cfg.dataset,
@@ -1463,7 +1597,7 @@ def saelens_files(sae, *_):
 
 def dictionary_learning_files(sae, *_):
     """The layout of dictionary_learning: config.json and ae.pt."""
-    cfg, topk = sae.config, sae.config.activation == "topk"
+    cfg, topk = RunConfig(**vars(sae.config)), sae.config.activation == "topk"
     if cfg.normalize == "token" or cfg.activation == "jumprelu" or cfg.k % 1:
         raise InputError("dictionary-learning has one θ, a whole k and no standardised tokens; use saelens")
     tensors = {"b_dec": sae.b_dec, "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
@@ -1497,7 +1631,7 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
     others = ("float16",) if format == "torchscript" else ()  # other formats would round θ too
     check_choice("dtype", dtype, ("float32", *others))
     sae = copy.deepcopy(sae).float().cpu()
-    theta = sae.threshold()
+    theta = sae.get_theta()
     if x is None:  # sums of k decoder rows, each as long as an active entry is
         generator, size = torch.Generator().manual_seed(0), (256, math.ceil(sae.config.k))
         latents = torch.randint(len(sae.b_enc), size, generator=generator)
@@ -1573,9 +1707,142 @@ def checksum(tensors, config):
 
 def trainer_state(trainer):
     """All that steps change: copies of the trainer's numbers, and its tensors themselves."""
-    numbers = {name: value for name, value in vars(trainer).items()
-               if name not in ("cfg", "device", "sae", "moments")}
-    for name, value in numbers.items():
-        assert isinstance(value, (int, float)), f"{name} is a {type(value)}, which would not be saved"
-        numbers[name] = torch.tensor(value, dtype=torch.float64)
-    return {**numbers, **trainer.sae.state_dict(), **trainer.moments}
+    numbers, adam = {}, {}
+    for name, value in vars(trainer).items():
+        if name not in ("cfg", "device", "sae", "adam"):
+            assert isinstance(value, (int, float)), f"{name} is a {type(value)}, which would not be saved"
+            numbers[name] = torch.tensor(value, dtype=torch.float64)
+    for name, state in trainer.adam.items():
+        adam |= {f"{name}.{part}": t for part, t in zip(("mean", "square", "count"), state)}
+    parameters, buffers = dict(trainer.sae.named_parameters()), dict(trainer.sae.named_buffers())
+    return {**numbers, **{name: t.detach() for name, t in (parameters | buffers).items()}, **adam}
+
+# Saving, loading, precision: methods that SAE gets here
+
+def config_json(cfg: Config) -> str:
+    return json.dumps(dataclasses.asdict(cfg), indent=2)
+
+def save_sae(sae: SAE, folder: str | os.PathLike):
+    """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
+    text, tensors, folder = config_json(sae.config), processes.all_latents(sae.state_dict()), Path(folder)
+    if processes.rank == 0:
+        save_tensors(folder / "sae.safetensors", tensors, text)
+        write_atomically(folder / "config.json", text.encode())
+
+@torch.inference_mode(False)
+def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
+    """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged."""
+    (cfg, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
+    if not path.is_file():
+        raise Unavailable(f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`")
+    tensors = load_tensors(path, text)
+    sae = sae_class(cfg)(cfg)
+    sae.load_state_dict(tensors)
+    return sae.to(device)
+
+def convert_(sae: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+    """What to() and half() call. Thresholds stay in float32: bfloat16 would move θ by up to 0.4 %."""
+    exact = {name: t for name, t in sae.state_dict().items() if name in ("theta", "log_threshold")}
+    nn.Module._apply(sae, fn, recurse)
+    for name, t in exact.items():
+        getattr(sae, name).data = t.to(sae.W_dec.device)
+    return sae
+
+SAE.save, SAE.load, SAE._apply = save_sae, staticmethod(load_sae), convert_
+
+def load_config(folder: Path) -> tuple[Config, str]:
+    """The configuration of a saved SAE, and its text, which the checksum of the SAE includes.
+
+    Unavailable if there is none, InputError if it is damaged or older.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Unavailable(f"{str(folder)!r} holds no run")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        is_run = "model" in values
+        return (RunConfig(**BEFORE | values) if is_run else Config(**values)), text
+    except Exception as error:
+        raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
+
+# ---- 13. Several processes: torchrun --------------------------
+
+# Every process trains its share of the latents on all tokens of the batch. Weights, gradients and moments are
+# never sent, only activations, the largest values and reconstructions. In the auxiliary loss each process
+# takes its share of k_aux from its own dead latents.
+
+class Processes:
+    """The processes that torchrun started. One alone gets back what it gives."""
+    rank, size = 0, 1
+
+    def join(self, device: str):
+        """Under torchrun, join the others: NCCL on GPUs, one for each, otherwise gloo."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or self.size > 1:
+            return
+        cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+        local = int(os.environ["LOCAL_RANK"])
+        if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
+            raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
+        if cuda:
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def share(self, cfg: Config) -> slice:
+        """The latents of this process."""
+        if self.size > 1 and (cfg.n_latents % self.size or cfg.step == "plain" or cfg.activation == "topk"):
+            raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a "
+                             f"multiple of {self.size}, and train neither topk nor with --step plain")
+        n = cfg.n_latents // self.size
+        return slice(self.rank * n, (self.rank + 1) * n)
+
+    def keep_share_(self, sae: SAE) -> SAE:
+        """Reduce a new SAE to the latents of this process."""
+        if self.size > 1:
+            share = self.share(sae.config)
+            for name, t in sae.state_dict().items():
+                if name not in ("b_dec", "theta"):
+                    getattr(sae, name).data = t[share].clone()
+        return sae
+
+    def sum_(self, t: Tensor) -> Tensor:
+        """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
+        if self.size > 1:
+            with explained("another process of this run has ended, or cannot be reached", Unavailable):
+                dist.all_reduce(t.data)
+        return t
+
+    def gather(self, t: Tensor) -> Tensor:
+        """[size, …]: the tensors of all processes, of one shape."""
+        places = t.new_zeros(self.size, *t.shape)
+        places[self.rank] = t
+        return self.sum_(places)
+
+    def total(self, number) -> float:
+        return float(self.sum_(torch.tensor(number, dtype=torch.float64)))
+
+    def least(self, values: Tensor) -> float:
+        least = float(values.min()) if len(values) else math.inf
+        return float(self.gather(torch.tensor(least, dtype=torch.float64)).min())
+
+    def largest(self, index, value, n: int):
+        """This process's part of the n largest entries; each brings its own n largest, or fewer."""
+        if self.size == 1:
+            return index, value
+        values = self.gather(functional.pad(value, [0, n - len(value)])).flatten()  # 0 is padding
+        best = values.argsort(descending=True, stable=True)[:n] - self.rank * n  # stable: the same for all
+        mine = best[(best >= 0) & (best < len(value))].sort().values
+        return index[mine], value[mine]
+
+    def all_latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state_dict in process 0's memory with the latents of all; in the others with their own."""
+        if self.size == 1:
+            return state
+        for name, mine in state.items():
+            if name not in ("b_dec", "theta"):
+                latents = self.gather(mine.cpu()).flatten(0, 1)
+                state[name] = mine if self.rank else latents
+        return state
+
+processes = Processes()

@@ -42,7 +42,7 @@ out, err = (Console(stderr=stderr, quiet=RANK > 0, markup=False, emoji=False, hi
 
 # ---- Options, messages, errors ----
 
-FIELDS = {field.name: field for field in fields(bt.Config)[1:]}  # all but d_model
+FIELDS = {field.name: field for field in fields(bt.RunConfig)[1:]}  # all but d_model
 MAIN = ("n_latents", "k", "activation", "tokens", "batch_size", "lr", "seed", "device", "model", "layer",
         "site", "dataset")  # shown first
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
@@ -51,13 +51,13 @@ Preset = Annotated[str, Option(help="Where defaults come from: " + ", ".join(bt.
 Run = Annotated[Path, Argument(help="Folder that `train` wrote, e.g. runs/tiny.", show_default=False)]
 
 def config_options(command, lists=()):
-    """Replace a command's **options by an option per field of Config; those in `lists` arrive as text."""
-    parameters, types = list(signature(command).parameters.values())[:-1], get_type_hints(bt.Config)
+    """Replace a command's **options by an option per field of RunConfig; those in `lists` arrive as text."""
+    parameters, types = list(signature(command).parameters.values())[:-1], get_type_hints(bt.RunConfig)
     for name in dict.fromkeys((*MAIN, *FIELDS)):
         if name == "seed" and lists:  # compare counts them
             continue
         field, kind, flag, extra = FIELDS[name], types[name], "--" + name.replace("_", "-"), {}
-        doc, choices = field.metadata["doc"], field.metadata["choices"]
+        doc, choices = field.metadata["doc"], bt.choices(field)
         if not all(choice in doc for choice in choices):
             doc += f" ({', '.join(choices)})"
         default = "the preset's" if name == "n_latents" else field.default
@@ -146,7 +146,7 @@ def train(
         raise bt.InputError(f"name is {name!r}; give the name of one folder (--out says where it is)")
     if expansion is not None and "n_latents" in given:
         raise bt.InputError("--expansion and --n-latents set the same; give one of them")
-    cfg = bt.Config.load(resume) if resume else bt.Config.preset(preset, recipe, d_model=1, **given)
+    cfg = bt.RunConfig.load(resume) if resume else bt.RunConfig.preset(preset, recipe, d_model=1, **given)
     bt.processes.join(cfg.device)
     several, folder = bt.processes.size > 1, resume or out_folder / (name or preset)
     if not (resume or name or several):  # several would choose different ones
@@ -271,7 +271,7 @@ def free_folder(parent, name):
 def evaluate(
     run: Run,
     ce_contexts: Annotated[int | None, Option(help="As for `train`; by default the run's.", min=1)] = None,
-    device: Device = bt.Config.device,
+    device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
     """Evaluate a run on held-out text: batch selection and θ side by side."""
@@ -287,7 +287,8 @@ def load(run, device):
     """The SAE of a run and the language model it reads, on a device."""
     device = str(bt.resolve_device(device))
     sae = bt.SAE.load(run, device=device)
-    sae.threshold()  # an unset one fails before the model is loaded
+    sae.get_theta()  # an unset one fails before the model is loaded
+    sae.config = bt.RunConfig(**vars(sae.config))  # an SAE saved from Python names no model
     return sae, bt.LanguageModel.from_config(replace(sae.config, device=device))
 
 MEANINGS = {
@@ -331,7 +332,7 @@ def export(
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
     sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
-        x = held_out_activations(sae.config)
+        x = held_out_activations(bt.RunConfig.load(run))
         found = bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
@@ -345,7 +346,7 @@ def export(
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
              "differ, the others by at most {largest_difference:.2g}.".format(active=active, **found))
 
-def held_out_activations(cfg: bt.Config) -> torch.Tensor | None:
+def held_out_activations(cfg: bt.RunConfig) -> torch.Tensor | None:
     """Activations [n, D] of held-out text, or None if the run's model or text is not at hand."""
     with contextlib.suppress(bt.Unavailable, bt.InputError):
         lm = bt.LanguageModel.from_config(cfg)
@@ -366,7 +367,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
     An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
     evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state-*.safetensors
     hold what resume=True continues from, on a CPU bit for bit.
-    Args: configs, {name: Config}, which may differ in the fields of OWN; on_step, called after each of the
+    Args: configs, {name: RunConfig}, which may differ in the fields of OWN; on_step, called after each of the
         largest batches with the tokens seen and a list of each SAE's StepStats; if it returns True, the run
         is saved and ends in a KeyboardInterrupt; on_context, for evaluate_runs.
     Returns: evaluate_runs' results, with "dead" (share of latents at the end) and "step_seconds" added.
@@ -379,7 +380,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         check_room(configs, folder)
         calibration_ids, evaluation_ids = bt.held_out_contexts(cfg, lm.tokenizer)
         begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
-        lm.norm_limit, lm.left_out = (bt.Config.load(begun[0]) if begun else cfg).norm_limit, None
+        lm.norm_limit, lm.left_out = (bt.RunConfig.load(begun[0]) if begun else cfg).norm_limit, None
         calibration = bt.shuffled_activations(lm, calibration_ids, cfg.model_batch)
         if cfg.max_norm and not lm.norm_limit and len(calibration):  # these are the first of a new run
             lm.left_out = bt.outliers(calibration, cfg.max_norm)
@@ -412,7 +413,7 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
     """The training of train_runs, from its start or its last saved state; it ends with a saved state."""
     tokens, at, records = load_state_(folder, trainers, seconds)
     for name, trainer in trainers.items():
-        write(folder / name / "config.json", trainer.cfg.to_json())
+        write(folder / name / "config.json", bt.config_json(trainer.cfg))
     saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
     with contextlib.closing(bt.activation_batches(cfg, lm, at)) as batches:
         while tokens < cfg.tokens:
@@ -580,7 +581,7 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None):
         metrics = to_json_values(bt.evaluate(sae, [x]))
         for selection in ("batch", "theta"):
             metrics[selection] |= to_json_values(spliced[selection])
-        theta = float(bt.processes.gather(sae.threshold().detach()).mean())
+        theta = float(bt.processes.gather(sae.get_theta().detach()).mean())
         results.append({"run": str(folder), "tokens": sae.config.tokens, "k": sae.config.k,
                         "theta_value": theta, "left_out": left_out, "eval_tokens": metrics.pop("tokens"),
                         **metrics})
@@ -609,7 +610,7 @@ def latents(
     top: Annotated[int, Option(help="How many contexts to show of each.", min=1)] = 10,
     count: Annotated[int, Option(help="How many latents to choose.", min=1)] = 12,
     html: Annotated[Path | None, Option(help="Write a self-contained page with search.")] = None,
-    device: Device = bt.Config.device,
+    device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
     """Show what single latents respond to and what they write, on held-out text."""
@@ -784,18 +785,18 @@ def setting_config(preset, setting, given):
         values[name] = text
         with contextlib.suppress(ValueError):
             values[name] = float(text)
-    return bt.Config.preset(preset, recipe, d_model=1, **values)
+    return bt.RunConfig.preset(preset, recipe, d_model=1, **values)
 
 def comparison_results(configs, folder):
     """Train and evaluate all configurations, continue that, or read what was found."""
     check_shared(configs)
-    begun = {path.parent.name: bt.Config.load(path.parent) for path in folder.glob("*/config.json")}
+    begun = {path.parent.name: bt.RunConfig.load(path.parent) for path in folder.glob("*/config.json")}
     for name, cfg in begun.items():
         asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos")  # by the run, as it began
         if asked is None or replace(cfg, **{field: getattr(asked, field) for field in found}) != asked:
             raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
     results = train_with_bar(configs, folder, "the same command", bool(begun))
-    return [{"name": name, **result, "config": vars(bt.Config.load(folder / name))}
+    return [{"name": name, **result, "config": vars(bt.RunConfig.load(folder / name))}
             for name, result in zip(configs, results)]
 
 def mean_and_spread(group, metric, selection="theta"):
@@ -842,7 +843,7 @@ def draw_comparison(names, groups, path):
     figure.savefig(path, dpi=120)
 
 def draw_error(axes, names, groups, against, metric):
-    """A metric against a field of Config, a line for each combination of the others."""
+    """A metric against a field of RunConfig, a line for each combination of the others."""
     lines = {}
     for key, group in groups.items():
         rest = dict(zip(names, key))
@@ -860,7 +861,7 @@ def draw_error(axes, names, groups, against, metric):
 
 def draw_active_latents(axes, names, groups):
     """Active latents per token, for each method at the k nearest to the default."""
-    nearest_last = sorted(groups.items(), key=lambda item: -abs(item[1][0]["k"] - bt.Config.k))
+    nearest_last = sorted(groups.items(), key=lambda item: -abs(item[1][0]["k"] - bt.RunConfig.k))
     for method, result in {key[0]: group[0] for key, group in nearest_last}.items():
         color, _, line, title = STYLES[method]
         histogram = result["theta"]["l0_histogram"]

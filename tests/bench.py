@@ -193,7 +193,7 @@ def phases(trainer, x, z):
                    lambda: bt.find_entries(sae, centred, hint, n)),
         "decoding": (lambda: f @ W_dec, lambda: bt.sum_rows(W_dec, latent, value, starts)),
         "gradient of kept values": (lambda: g @ W_dec.T,
-                                    lambda: bt.sampled_product(W_dec, g, latent[order], row[order])),
+                                    lambda: bt.dots(W_dec, g, latent[order], row[order])),
         "gradient of b_dec": (lambda: (f @ W_enc).sum(0), lambda: b_enc @ W_enc),
         "weight gradients and update": (dense_update, None),
     }

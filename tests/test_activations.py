@@ -35,7 +35,7 @@ def gemma(tmp_path_factory):
     return str(folder)
 
 def small(**changes):
-    return bt.Config(**{**SMALL, "d_model": 256, "layer": 2, **changes})
+    return bt.RunConfig(**{**SMALL, "d_model": 256, "layer": 2, **changes})
 
 def ids_of(n=4, length=32):
     return torch.randint(1, 4096, (n, length), generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def ids_of(n=4, length=32):
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_sites_are_the_residual_stream_and_what_is_added_to_it(family, gemma):
     name, ids = "tiny-gpt2" if family == "gpt2" else gemma, ids_of()
-    sites = bt.Config.__dataclass_fields__["site"].metadata["choices"]
+    sites = bt.RunConfig.__dataclass_fields__["site"].metadata["choices"]
     at = {site: bt.LanguageModel(name, 1, site, device="cpu") for site in sites}
     a = {site: lm.activations(ids) for site, lm in at.items()}
     hidden = at["resid_pre"].model(ids, output_hidden_states=True).hidden_states
@@ -289,7 +289,7 @@ def test_contexts_continue_from_their_position_and_repeat_without_end(tmp_path, 
 @pytest.mark.slow
 def test_a_process_that_leaves_a_stream_open_ends_at_once_and_cleanly():
     """Bug here once: a thread was killed inside native code at exit, and the process aborted."""
-    code = ("import batchtopk as bt; cfg = bt.Config(d_model=1, n_latents=64);"
+    code = ("import batchtopk as bt; cfg = bt.RunConfig(d_model=1, n_latents=64);"
             "lm = bt.LanguageModel('tiny-gpt2', device='cpu');"
             "stream = bt.contexts(cfg, lm.tokenizer); next(stream); print('done')")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(bt.__file__).parent, capture_output=True,

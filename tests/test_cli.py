@@ -255,7 +255,7 @@ def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypa
     assert Path(printed["figure"]).read_bytes().startswith(b"\x89PNG")
     for r in printed["results"]:
         assert r["batch"]["l0"] == pytest.approx(r["config"]["k"], rel=1e-3)
-        assert bt.SAE.load(tmp_path / r["name"]).config == bt.Config(**r["config"])
+        assert bt.SAE.load(tmp_path / r["name"]).config == bt.RunConfig(**r["config"])
     monkeypatch.setattr(bt, "LanguageModel", None)  # what is finished is only printed
     table = invoke(*command).stdout
     a, b = (r["theta"]["fvu"] for r in printed["results"][:2])
@@ -277,7 +277,7 @@ def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, mon
     seen = {}
     monkeypatch.setattr(cli, "comparison_results", lambda configs, folder: seen.update(configs) or 1 / 0)
     invoke("compare", "--study", study, "--seeds", 1)
-    assert len(seen) == len({cfg.to_json() for cfg in seen.values()}) > 1
+    assert len(seen) == len({bt.config_json(cfg) for cfg in seen.values()}) > 1
     assert cli.check_shared(seen) in seen.values()
     if study == "recipe":
         ours, paper = (seen[f"batchtopk-recipe={name}-seed=0"] for name in ("ours", "paper"))
