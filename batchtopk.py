@@ -820,7 +820,7 @@ def choose_dtype(name, device):
         auto = flags.get("avx512_bf16") or flags.get("amx_bf16")
     return torch.bfloat16 if name == "bfloat16" or name == "auto" and auto else torch.float32
 
-# ---- 9. TopK and JumpReLU ------------------------------------
+# ---- 8. TopK and JumpReLU ------------------------------------
 
 # Two rivals of BatchTopK, and tokens that are standardised as in the authors' code.
 
@@ -934,10 +934,9 @@ def calibrate_thresholds(sae, batches):
     It is the θ of a BatchTopK SAE whose Z are divided by the thresholds.
     """
     cfg, theta = dataclasses.replace(sae.config, activation="batchtopk"), sae.get_theta()
-    scaled = copy.deepcopy(sae)
-    scaled.__class__, scaled.config = sae_class(cfg), cfg
-    scaled.W_enc.div_(theta[:, None])
-    scaled.b_enc.div_(theta)
+    scaled = make_sae(cfg, sae.W_dec.device)
+    scaled.W_enc.data, scaled.b_enc.data = sae.W_enc / theta[:, None], sae.b_enc / theta
+    scaled.b_dec.data = sae.b_dec.data
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
     return factor
@@ -976,7 +975,7 @@ class TokenJumpReLUSAE(StandardizedTokens, JumpReLUSAE):
 
 SAES_ON_STANDARDIZED = {"batchtopk": TokenSAE, "topk": TokenTopKSAE, "jumprelu": TokenJumpReLUSAE}
 
-# ---- 10. Activations of a language model ----------------------
+# ---- 9. Activations of a language model ----------------------
 
 TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  # the embedded default model
 
@@ -1366,7 +1365,7 @@ def outliers(x: Tensor, max_norm: float) -> LeftOut:
                       "these; a lower max_norm leaves them out")
     return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
 
-# ---- 11. Evaluation ------------------------------------------
+# ---- 10. Evaluation ------------------------------------------
 
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = None,
@@ -1474,7 +1473,7 @@ def edited_losses(lm, ids, where, edits):
         found.append(torch.stack([loss.double().sum(), kl.double().sum()]))
     return torch.stack(found).cpu()
 
-# ---- 12. Export ----------------------------------------------
+# ---- 11. Export, saving, loading -----------------------------
 
 class ExportedSAE(nn.Module):
     """The inference form of an SAE for TorchScript, f = z · 1[z > θ]: nothing here depends on the batch.
@@ -1664,7 +1663,7 @@ def check_replaceable(path, overwrite):
     if path.exists() and not overwrite:
         raise InputError(f"{str(path)!r} exists; give another path, or --force")
 
-# ---- Files -----------------------------------------------------
+# Files
 
 def write_atomically(path, data):
     """Readers see the old file or the new one, whole. A failure is an OSError that names the file."""
@@ -1766,7 +1765,7 @@ def load_config(folder: Path) -> tuple[Config, str]:
     except Exception as error:
         raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
-# ---- 13. Several processes: torchrun --------------------------
+# ---- 12. Several processes: torchrun -------------------------
 
 # Every process trains its share of the latents on all tokens of the batch. Weights, gradients and moments are
 # never sent, only activations, the largest values and reconstructions. In the auxiliary loss each process
