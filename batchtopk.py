@@ -1,21 +1,24 @@
 """BatchTopK sparse autoencoders (Bussmann, Leask & Nanda 2024, arXiv 2412.06410), whole and in one file.
 
-A sparse autoencoder (SAE) writes an activation x of a language model as a sum of few directions out of many:
+A sparse autoencoder (SAE) writes an activation x of a language model as a sum of few directions out of many.
+With B tokens in a batch, width D of x, F latents, and k active latents per token on average:
 
-    Z = (X - b_dec) W_encᵀ + b_enc           pre-activations of all latents, for a batch of tokens
+    Z = (X - b_dec) W_encᵀ + b_enc           pre-activations [B, F]; X is [B, D], W_enc and W_dec [F, D]
     f = BatchTopK(Z)                         keep the k·B largest positive entries of Z, zero the rest
     X̂ = f W_dec + b_dec                      reconstruction: each active latent adds its decoder row
     L = mean ‖X - X̂‖² + α · L_aux            L_aux gives a gradient to latents that no longer fire
     f = Z · 1[Z > θ]                         inference: one threshold θ > 0 stands in for the batch
 
 TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
-W_dec have norm 1, so dropping an active entry z moves a reconstruction by the distance z: the k·B largest
-are the best use of a budget of k·B entries.
+W_dec have norm 1, so dropping an active entry z moves a reconstruction by the distance z: of all entries
+the k·B largest are, one by one, those that it is worst to drop.
 
-Dimensions:  B tokens in a batch   D width of x   F latents   k active latents per token, on average
+    sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of tensors [n, 512]
+    f = sae.encode(x)                                                    # [..., 512] -> [..., 4096]
 
-Part one is the method and trains by itself (step="plain"). Part two makes it fast and practical: the sparse
-step, rival methods, activations of a language model, runs, evaluation, export, several processes.
+Part one is the method. With step="plain" it needs no more than the checks and small helpers at the start of
+part two, which goes on with what makes it fast and practical: the sparse step (the default), rival methods,
+activations of a language model, evaluation, export, several processes.
 """
 
 from __future__ import annotations
@@ -49,13 +52,13 @@ def own_precision(function):
     """Have a function compute in the precision of its tensors, also inside torch.autocast."""
     return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
-def own_modes(step):
-    """own_precision, and with gradients, whatever no_grad or inference_mode say outside."""
+def with_gradients(step):
+    """Have a step compute gradients, in its own precision, whatever modes of torch are on outside."""
     @functools.wraps(step)
     @own_precision
     def run(self, x):
         with torch.inference_mode(False), torch.enable_grad():
-            return step(self, x.clone() if x.is_inference() else x)  # autograd saves no inference tensors
+            return step(self, x.clone() if x.is_inference() else x)  # autograd can save the clone
 
     return run
 
@@ -66,7 +69,7 @@ class Unavailable(LookupError):
     """A file, run, device or model that is not here; the message says what to do next."""
 
 def option(default, doc, *choices, low=0, high=math.inf):
-    """A field of Config: its default, what it is, and the values accepted."""
+    """A field of Config: its default, what it is, and the values accepted (check_config has some more)."""
     return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high))
 
 # ==================== Part one: the method ====================
@@ -76,13 +79,13 @@ def option(default, doc, *choices, low=0, high=math.inf):
 class Config:
     """What training depends on beside the data. InputError for a value that cannot work."""
 
-    # The dictionary. (paper: 4096) is the paper's value; (paper), (authors): the default is theirs
+    # (paper: 4096) is the paper's value; (paper), (authors): the default is the paper's, or their code's
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
-    activation: str = option("batchtopk", "what selects latents")
-    normalize: str = option("scale", "fit steps to the size of x")
-    init: str = option("data", "start b_dec at the data's mean, or as the authors' code", "data", "authors")
+    activation: str = option("batchtopk", "kind of SAE, by what selects latents")  # a key of SAES
+    normalize: str = option("scale", "fit the biases' learning rate to the size of x: see Trainer")
+    init: str = option("data", "start b_dec at the data's mean, or all as the authors", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
@@ -93,8 +96,8 @@ class Config:
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
-    step: str = option("sparse", "sparse is fast, plain is autograd; same results")
-    encoder_dtype: str = option("auto", "precision of the encoder product; auto: bfloat16 if fast")
+    step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
+    encoder_dtype: str = option("auto", "of the sparse step's encoder product; auto: bfloat16 if fast")
     eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
@@ -102,9 +105,9 @@ class Config:
     def __post_init__(self):
         check_config(self)  # which also knows what activation, normalize and step may be
 
-    def n_kept(self, rows: int) -> int:
-        """N, the number of entries kept among `rows` tokens, at least 1."""
-        return max(1, int(self.k * rows + 1e-6))  # 0.29 · 100 is 28.999… in binary
+    def n_kept(self, tokens: int) -> int:
+        """Number of entries, k per token, that are kept of so many tokens; at least 1."""
+        return max(1, int(self.k * tokens + 1e-6))  # 0.29 · 100 is 28.999… in binary
 
 # ---- 2. Selection: what BatchTopK keeps ----------------------
 
@@ -120,7 +123,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
     check_count(n)
     flat = z.flatten()
     values, places = flat.topk(min(n, len(flat)), sorted=False)
-    return torch.zeros_like(flat).scatter(0, places, values.relu()).view_as(z)  # fewer may be positive
+    return torch.zeros_like(flat).scatter(0, places, values.relu()).view_as(z)  # relu: fewer may be positive
 
 # ---- 3. The sparse autoencoder -------------------------------
 
@@ -129,14 +132,14 @@ class SAE(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = check_kind(config, self)
+        self.config = check_kind(config, self)  # config, if this class fits it
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
         rows = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
-        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # as their kaiming_uniform
-        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D]: latent j reads row j; SAELens's is [D, F]
+        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # kaiming_uniform's
+        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D]: latent j reads row j, at first as it writes
         self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes row j, of norm 1
         self.b_enc = nn.Parameter(torch.zeros(F))
-        self.b_dec = nn.Parameter(torch.zeros(D))  # the Trainer starts it at the mean of the data
+        self.b_dec = nn.Parameter(torch.zeros(D))  # init="data": the Trainer starts it at the mean of x
         self.register_buffer("theta", torch.tensor(math.nan))  # θ, NaN until it has been estimated
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
 
@@ -151,13 +154,13 @@ class SAE(nn.Module):
         return self.theta
 
     def select(self, z: Tensor, selection: str) -> Tensor:
-        """Zero all of Z [B, F] but the active entries: the k·B largest, or those above θ."""
+        """Zero all of Z [B, F] but the active entries: "batch", the k·B largest; "theta", those above θ."""
         if selection == "batch":
             return batch_topk(z, self.config.n_kept(len(z)))
-        return z.masked_fill(z.float() <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): a NaN must stay
+        return z.masked_fill(z.float() <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): NaN stays in sight
 
     def as_rows(self, x: Tensor) -> Tensor:
-        """Activations x [..., D] as rows [B, D] in the dtype of the weights."""
+        """Activations x [..., D] as tokens [B, D] in the dtype of the weights. InputError for another D."""
         check_activations(x, len(self.b_dec))
         return x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
 
@@ -165,7 +168,7 @@ class SAE(nn.Module):
         """Activations x [..., D], of any float dtype, to latents f [..., F].
 
         selection: "theta", the inference form Z · 1[Z > θ], in which each row depends on itself alone, or
-        "batch", BatchTopK over all rows of x, as in training. InputError for x of another width.
+        "batch", BatchTopK over all rows of x, as in training. Unavailable if θ was never estimated.
         """
         check_choice("selection", selection, ("theta", "batch"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
@@ -177,7 +180,7 @@ class SAE(nn.Module):
         return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """The reconstruction of x [..., D], in the units of x. As for encode."""
+        """The reconstruction of x [..., D]. Arguments and errors are those of encode."""
         return self.decode(self.encode(x, selection))
 
     def is_dead(self) -> Tensor:
@@ -186,31 +189,32 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
-        """The active entries of encode, with x as rows: (row, latent) [2, m], in order, and values [m]."""
+        """encode's active entries, for x as rows [B, D]: f.nonzero().T [2, m] and f[f != 0] [m]."""
         return active_entries(self, x, selection)
 
-SAES = {"batchtopk": SAE}  # the classes of SAEs, by Config.activation
+SAES = {"batchtopk": SAE}  # by Config.activation; part two adds other kinds
 
 # ---- 4. Loss -------------------------------------------------
 
 @functools.singledispatch  # another kind of SAE can have another loss
 def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L = mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D]. Returns L, mse, L_aux and f [B, F]."""
+    """L = mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D]; and mse (summed over D), L_aux, f."""
     f = sae.select(sae.pre_activations(x), "batch")
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     aux = auxiliary_loss(sae, x, residual.detach())
     return mse + sae.config.aux_coef * aux, mse, aux, f
 
-AUX_SHARE = 1 / 192  # L_aux computes at most this share of the B·F pre-activations, to bound its cost
+AUX_SHARE = 1 / 192  # ours: L_aux computes about this share of the B·F pre-activations at most, for speed
 
 def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
 
         e = X - X̂,  ê = (the k_aux largest Z of the dead latents, per token) W_dec,  L_aux = mean ‖e - ê‖²
 
-    No ReLU here: with one, a latent with negative Z on all tokens would get no gradient. The residual e is a
-    constant, so that live latents get none. With many dead latents only the batch's first tokens are used.
+    for x and a detached residual e [B, D]: live latents get no gradient. No ReLU here: with one, a latent
+    with negative Z on all tokens would get none either. If more than F / 192 latents are dead, only the first
+    B·F / (192 · dead) tokens are used.
     """
     cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
     if not len(dead) or not cfg.aux_k:
@@ -224,29 +228,29 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
 # ---- 5. θ: one number that stands in for the batch -----------
 
 # The threshold of a batch is the smallest positive entry that BatchTopK keeps of it. θ is the mean of many of
-# them: it makes the same cut for a token by itself, with k active latents on average.
+# them. Used for each token alone, it keeps k entries on average.
 
 THETA_RATE = 0.01  # weight of a new batch in the running average
 
 def running_rate(rate, n):
-    """Weight of the n-th value in a running average with bias correction: 1, falling to `rate`."""
+    """Weight of the n-th value (n a number or a tensor) in a bias-corrected average: 1, falling to `rate`."""
     return rate / (1 - (1 - rate) ** n)
 
 def update_theta_(sae: SAE, threshold: float, n: int):
-    """Running average of θ = E[threshold of a batch] (paper, equation 4), after the n-th training step.
+    """θ = E[threshold of a batch] (paper, equation 4) as a running average, after the n-th training step.
 
     It serves an unfinished SAE; `train` ends with calibrate, which replaces it.
     """
-    theta = sae.theta.nan_to_num(threshold)  # NaN at first
+    theta = sae.theta.nan_to_num(threshold)  # NaN at first: begin with this one
     sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (threshold - theta))
 
 @functools.singledispatch
 @torch.no_grad()
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
-    """Set θ to the mean threshold of held-out tokens [n, D], rebatched to config.batch_size; returns it."""
+    """Set θ to the mean threshold of held-out batches and return it. InputError if nothing is positive."""
     batches = whole_batches(batches, sae.config.batch_size, sae.W_dec.device)
-    thresholds = [smallest(sae.encode_sparse(x, "batch")[1]) for x in batches]
-    thresholds = [threshold for threshold in thresholds if threshold != math.inf]  # ∞: nothing was positive
+    thresholds = [smallest(sae.encode_sparse(x, "batch")[1]) for x in batches]  # smallest: ∞ if empty
+    thresholds = [threshold for threshold in thresholds if threshold != math.inf]
     theta = sum(thresholds) / max(1, len(thresholds))
     check_theta(theta)
     sae.theta.fill_(theta)
@@ -259,33 +263,33 @@ class StepStats(NamedTuple):
     loss: float
     mse: float  # mean over tokens of ‖x - x̂‖², summed over D
     aux: float
-    fvu: float  # mse over the variance of the first batches; predicting the mean gives 1
+    fvu: float  # mse over the variance of the tokens given to initialize_; predicting the mean gives 1
     l0: float  # mean active latents per token
     dead: int  # number of dead latents
     threshold: float  # smallest kept entry, ∞ if none was positive; θ is its expectation
     lr: float
 
-DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1)
+DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1): lower error in our runs
 
 class Trainer:
     """Trains one SAE step by step.
 
-    With normalize="scale" the size of x does not matter, yet x is never scaled. The loss has the unit of x²,
-    biases that of x, weights none, and Adam's steps are as large as the learning rate whatever the unit of
-    the loss. So it is enough to multiply those of the biases by x_std, the standard deviation of x.
+    normalize="scale" makes training independent of the size of x, without scaling x. Adam's steps have the
+    size of the learning rate, whatever the loss. That suits the weights, which have no unit; biases have the
+    unit of x, so their learning rate is multiplied by x_std, the standard deviation of x.
     """
 
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = make_sae(cfg, self.device)
         self.tokens_seen, self.steps = 0, 0
-        self.x_std = self.variance = 0.0  # x_std² is the variance / D; 0 until initialize_
+        self.x_std = self.variance = 0.0  # x_std is √(variance / D), or 1; both are 0 until initialize_
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
-        self.adam = {name: adam_state(p.data) for name, p in self.sae.named_parameters()}
+        self.adam = {name: adam_state(p.data) for name, p in self.sae.named_parameters()}  # see adam_
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
-        """Set b_dec's start and x_std from x [n, D], by default the first batch."""
+        """Set b_dec, x_std and variance from x [n, D]. If nobody did, step does it with its first batch."""
         x = self.sae.as_rows(x.to(self.device))
         variance = float((x - x.mean(0)).square().sum(1).mean())
         check_variance(variance, x)
@@ -294,13 +298,13 @@ class Trainer:
         self.variance = variance or 1.0  # one token has none
         self.x_std = math.sqrt(self.variance / x.shape[1]) if self.cfg.normalize == "scale" else 1.0
 
-    @own_modes
+    @with_gradients
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D]. InputError for anything else."""
         check_batch(x, self.cfg.d_model)
         if not self.x_std:
             self.initialize_(x)
-        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]
+        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # lr, before tokens_seen grows
         total, mse, aux, l0, dead, threshold = take_step(self, self.sae.as_rows(x.to(self.device)))
         self.tokens_seen += len(x)
         self.steps += 1
@@ -317,32 +321,32 @@ class Trainer:
 
     @torch.no_grad()
     def update_(self, name: str, g: Tensor, rows: Tensor | slice = slice(None)):
-        """Lazy Adam, as torch.optim.SparseAdam: step those rows of a parameter that got a gradient, g.
+        """Lazy Adam (paper: Adam): step the rows of a parameter that got a gradient, g [r, …], and no others.
 
         Adam on all rows would shrink a rare latent's moments to nothing between two tokens that it fires on.
         """
         stored = getattr(self.sae, name).data, *self.adam[name]
-        taken = [t[rows] for t in stored]
+        taken = [t[rows] for t in stored]  # copies; for a slice, views
         self.adam_(name, g, *taken)
         for old, new in zip(stored, taken):
             old[rows] = new
 
-    def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, n: Tensor):
-        """Adam (Kingma & Ba 2015) in place, on rows of a parameter and what `adam` holds for them."""
+    def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
+        """Adam (Kingma & Ba 2015), in place, on rows [r, …]; count [r, …]: the gradients each has had."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
-        epsilon = 1e-8 * self.x_std**2 / unit  # in the unit of the gradient: the loss's over the parameter's
+        epsilon = 1e-8 * self.x_std**2 / unit  # of the gradient's unit: the loss's over the parameter's
         if name == "W_dec":  # rows keep norm 1, so their gradient's part along the row is dropped
             g = g.addcmul(W, (g * W).sum(1, keepdim=True), value=-1)
-        n += 1
-        mean.lerp_(g, running_rate(1 - self.cfg.beta1, n))  # with the correction of Adam's bias in the rate
-        square.lerp_(g * g, running_rate(1 - self.cfg.beta2, n))
+        count.add_(1)
+        mean.lerp_(g, running_rate(1 - self.cfg.beta1, count))  # so they need no correction of their bias
+        square.lerp_(g * g, running_rate(1 - self.cfg.beta2, count))
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-lr)
         if name == "W_dec":
             W.div_(W.norm(dim=1, keepdim=True))
 
 def plain_step(trainer: Trainer, x: Tensor) -> tuple:
-    """One step on x [B, D] (see SAE.as_rows). Returns loss, mse, aux, l0, dead, threshold as in StepStats."""
+    """One step on x [B, D], as SAE.as_rows gives it. Returns loss, mse, aux, l0, dead, threshold."""
     sae = trainer.sae
     total, mse, aux, f = loss(sae, x)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
@@ -357,7 +361,7 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
     return total.item(), mse.item(), aux.item(), l0, dead, smallest(f.detach()[active])
 
-STEPS = {"plain": plain_step}  # by Config.step
+STEPS = {"plain": plain_step}  # by Config.step; part two adds "sparse", the default
 
 @functools.singledispatch  # another kind of SAE can have other thresholds
 def learn_thresholds_(sae: SAE, trainer: Trainer, stats: StepStats):
@@ -369,12 +373,13 @@ def learn_thresholds_(sae: SAE, trainer: Trainer, stats: StepStats):
 def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
-    batches: any iterable of float tensors [n, D] of any n; a list is repeated. The first 5 % of cfg.tokens (a
-    batch or more, at most cfg.eval_tokens) are held out for b_dec, x_std and θ; a generator has to give
-    cfg.tokens on top, a repeated list trains on them in its second pass. InputError if it ends early.
+    batches: any iterable of float tensors [n, D] of any n. The first 5 % of cfg.tokens, at most
+    cfg.eval_tokens, but at least one batch, are set aside for b_dec, x_std and θ; a generator has to give
+    cfg.tokens more. A list starts again when it ends, and then what was set aside is trained on too.
+    InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)
+    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # a generator just ends
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n_held_out))
     if held_out:
