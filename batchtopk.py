@@ -85,7 +85,7 @@ class Config:
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "kind of SAE, by what selects latents")  # a key of SAES
     normalize: str = option("scale", "fit the biases' learning rate to the size of x: see Trainer")
-    init: str = option("data", "start b_dec at the data's mean, or all as the authors", "data", "authors")
+    init: str = option("data", "start b_dec at the mean of data, or all as authors' code", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
@@ -97,7 +97,7 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
-    encoder_dtype: str = option("auto", "of the sparse step's encoder product; auto: bfloat16 if fast")
+    encoder_dtype: str = option("auto", "precision of the sparse step's product; auto: bfloat16 if fast")
     eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
@@ -996,7 +996,7 @@ class RunConfig(Config):
                        "resid_pre", "resid_post", "mlp_out", "attn_out")
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
     model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it", *DTYPES)
-    dataset: str = option("stdlib", "a hub data set, a .txt, .jsonl or .parquet file, or Python's stdlib")
+    dataset: str = option("stdlib", "a hub data set, a .txt, .md, .jsonl or .parquet file, or stdlib")
     dataset_config: str = option("", "configuration of a hub data set that has several")
     text_column: str = option("text", "column that holds the text")
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
