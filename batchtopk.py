@@ -6,19 +6,19 @@ With B tokens in a batch, width D of x, F latents, and k active latents per toke
     Z = (X - b_dec) W_encᵀ + b_enc           pre-activations [B, F]; X is [B, D], W_enc and W_dec [F, D]
     f = BatchTopK(Z)                         keep the k·B largest positive entries of Z, zero the rest
     X̂ = f W_dec + b_dec                      reconstruction: each active latent adds its decoder row
-    L = mean ‖X - X̂‖² + α · L_aux            L_aux gives a gradient to latents that no longer fire
+    L = mean ‖X - X̂‖² + α · L_aux            mean over tokens; L_aux is for latents that no longer fire
     f = Z · 1[Z > θ]                         inference: one threshold θ > 0 stands in for the batch
 
 TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
-W_dec have norm 1, so dropping an active entry z moves a reconstruction by the distance z: of all entries
-the k·B largest are, one by one, those that it is worst to drop.
+W_dec have norm 1, so dropping an active entry z moves its token's reconstruction by the distance z: keeping
+the k·B largest entries drops those that move it least.
 
     sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of tensors [n, 512]
     f = sae.encode(x)                                                    # [..., 512] -> [..., 4096]
 
-Part one is the method. With step="plain" it needs no more than the checks and small helpers at the start of
-part two, which goes on with what makes it fast and practical: the sparse step (the default), rival methods,
-activations of a language model, evaluation, export, several processes.
+Part one is the method: with step="plain" it trains, with the checks and small helpers at the start of part
+two, which goes on with what makes it fast and practical: the sparse step (the default), rival methods,
+activations of a language model, evaluation, export, several processes (of which one is a special case).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 def own_precision(function):
-    """Have a function compute in the precision of its tensors, also inside torch.autocast."""
+    """Undo torch.autocast in a function: rounded to bfloat16, other entries would be the largest."""
     return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
 def with_gradients(step):
@@ -69,7 +69,7 @@ class Unavailable(LookupError):
     """A file, run, device or model that is not here; the message says what to do next."""
 
 def option(default, doc, *choices, low=0, high=math.inf):
-    """A field of Config: its default, what it is, and the values accepted (check_config has some more)."""
+    """A field of Config: its default (MISSING: required), what it is, the values accepted, ends included."""
     return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high))
 
 # ==================== Part one: the method ====================
@@ -79,13 +79,13 @@ def option(default, doc, *choices, low=0, high=math.inf):
 class Config:
     """What training depends on beside the data. InputError for a value that cannot work."""
 
-    # (paper: 4096) is the paper's value; (paper), (authors): the default is the paper's, or their code's
+    # (paper: 4096): the paper has 4096. (paper), (authors): the default is the paper's, or its code's
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
-    activation: str = option("batchtopk", "kind of SAE, by what selects latents")  # a key of SAES
-    normalize: str = option("scale", "fit the biases' learning rate to the size of x: see Trainer")
-    init: str = option("data", "start b_dec at the mean of data, or all as authors' code", "data", "authors")
+    activation: str = option("batchtopk", "kind of SAE: the function from Z to f")  # a key of SAES
+    normalize: str = option("scale", "scale: biases' learning rate fits x, see Trainer; token: change x")
+    init: str = option("data", "W_enc = W_dec, b_dec the mean of data; or as the authors", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
@@ -97,17 +97,17 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
-    encoder_dtype: str = option("auto", "precision of the sparse step's product; auto: bfloat16 if fast")
+    encoder_dtype: str = option("auto", "in which the sparse step finds candidates; auto: bfloat16 if fast")
     eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
 
     def __post_init__(self):
-        check_config(self)  # which also knows what activation, normalize and step may be
+        check_config(self)  # which knows what activation, normalize and step may be, too
 
-    def n_kept(self, tokens: int) -> int:
-        """Number of entries, k per token, that are kept of so many tokens; at least 1."""
-        return max(1, int(self.k * tokens + 1e-6))  # 0.29 · 100 is 28.999… in binary
+    def n_kept(self, n_tokens: int) -> int:
+        """How many entries are kept of a batch: k for each of its tokens, rounded down, but at least 1."""
+        return max(1, int(self.k * n_tokens + 1e-6))  # 0.29 · 100 is 28.999… in binary
 
 # ---- 2. Selection: what BatchTopK keeps ----------------------
 
@@ -132,15 +132,15 @@ class SAE(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = check_kind(config, self)  # config, if this class fits it
+        self.config = check_kind(config, self)  # InputError if it asks for another kind of SAE
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
         rows = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
-        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # kaiming_uniform's
-        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D]: latent j reads row j, at first as it writes
-        self.W_dec = nn.Parameter(rows)  # [F, D]: latent j writes row j, of norm 1
+        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # kaiming_uniform's mean
+        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D], a copy: row j is what latent j reads
+        self.W_dec = nn.Parameter(rows)  # [F, D]: row j, of norm 1, is what latent j writes
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))  # init="data": the Trainer starts it at the mean of x
-        self.register_buffer("theta", torch.tensor(math.nan))  # θ, NaN until it has been estimated
+        self.register_buffer("theta", torch.tensor(math.nan))  # θ, always float32; NaN: not estimated
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
 
     @own_precision
@@ -167,8 +167,8 @@ class SAE(nn.Module):
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
         """Activations x [..., D], of any float dtype, to latents f [..., F].
 
-        selection: "theta", the inference form Z · 1[Z > θ], in which each row depends on itself alone, or
-        "batch", BatchTopK over all rows of x, as in training. Unavailable if θ was never estimated.
+        selection: "batch", BatchTopK over all rows of x, as in training; or "theta", the inference form
+        Z · 1[Z > θ], in which each row depends on itself alone: Unavailable before θ is estimated.
         """
         check_choice("selection", selection, ("theta", "batch"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
@@ -189,32 +189,32 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
-        """encode's active entries, for x as rows [B, D]: f.nonzero().T [2, m] and f[f != 0] [m]."""
+        """encode's active entries, for x as rows [B, D]: their (row, latent) [2, m] and values [m]."""
         return active_entries(self, x, selection)
 
 SAES = {"batchtopk": SAE}  # by Config.activation; part two adds other kinds
 
 # ---- 4. Loss -------------------------------------------------
 
-@functools.singledispatch  # another kind of SAE can have another loss
+@functools.singledispatch  # here and below: another kind of SAE can register its own
 def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L = mean ‖X - X̂‖² + α · L_aux (paper, section 3) for x [B, D]; and mse (summed over D), L_aux, f."""
+    """(L, mse, L_aux, f) for x [B, D]: mse = mean ‖X - X̂‖², L = mse + α · L_aux (paper, section 3)."""
     f = sae.select(sae.pre_activations(x), "batch")
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     aux = auxiliary_loss(sae, x, residual.detach())
     return mse + sae.config.aux_coef * aux, mse, aux, f
 
-AUX_SHARE = 1 / 192  # ours: L_aux computes about this share of the B·F pre-activations at most, for speed
+AUX_SHARE = 1 / 192  # ours, for speed: L_aux uses so few tokens that it computes B·F / 192 of all Z
 
 def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
 
         e = X - X̂,  ê = (the k_aux largest Z of the dead latents, per token) W_dec,  L_aux = mean ‖e - ê‖²
 
-    for x and a detached residual e [B, D]: live latents get no gradient. No ReLU here: with one, a latent
-    with negative Z on all tokens would get none either. If more than F / 192 latents are dead, only the first
-    B·F / (192 · dead) tokens are used.
+    for x and a detached residual e [B, D], so that live latents get no gradient. No ReLU, unlike the authors:
+    with one, a latent with negative Z on all tokens would get no gradient. Where many latents are dead only
+    the first tokens are used (x is taken to be shuffled).
     """
     cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
     if not len(dead) or not cfg.aux_k:
@@ -241,17 +241,17 @@ def update_theta_(sae: SAE, threshold: float, n: int):
 
     It serves an unfinished SAE; `train` ends with calibrate, which replaces it.
     """
-    theta = sae.theta.nan_to_num(threshold)  # NaN at first: begin with this one
+    theta = sae.theta.nan_to_num(threshold)  # NaN until now: the average would stay NaN
     sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (threshold - theta))
 
 @functools.singledispatch
 @torch.no_grad()
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
-    """Set θ to the mean threshold of held-out batches and return it. InputError if nothing is positive."""
+    """Set θ to the mean threshold of held-out tokens [n, D], as whole batches. InputError if none has one."""
     batches = whole_batches(batches, sae.config.batch_size, sae.W_dec.device)
-    thresholds = [smallest(sae.encode_sparse(x, "batch")[1]) for x in batches]  # smallest: ∞ if empty
+    thresholds = [smallest(sae.encode_sparse(x, "batch")[1]) for x in batches]  # of the values; ∞ if none
     thresholds = [threshold for threshold in thresholds if threshold != math.inf]
-    theta = sum(thresholds) / max(1, len(thresholds))
+    theta = sum(thresholds) / max(1, len(thresholds))  # 0 if there is none
     check_theta(theta)
     sae.theta.fill_(theta)
     return theta
@@ -263,7 +263,7 @@ class StepStats(NamedTuple):
     loss: float
     mse: float  # mean over tokens of ‖x - x̂‖², summed over D
     aux: float
-    fvu: float  # mse over the variance of the tokens given to initialize_; predicting the mean gives 1
+    fvu: float  # fraction of variance unexplained: mse / Trainer.variance; predicting the mean gives 1
     l0: float  # mean active latents per token
     dead: int  # number of dead latents
     threshold: float  # smallest kept entry, ∞ if none was positive; θ is its expectation
@@ -275,17 +275,17 @@ class Trainer:
     """Trains one SAE step by step.
 
     normalize="scale" makes training independent of the size of x, without scaling x. Adam's steps have the
-    size of the learning rate, whatever the loss. That suits the weights, which have no unit; biases have the
-    unit of x, so their learning rate is multiplied by x_std, the standard deviation of x.
+    size of the learning rate, whatever the loss. That suits the weights, which have no unit (f has that of
+    x); biases have the unit of x, so their learning rate is multiplied by x_std, x's standard deviation.
     """
 
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = make_sae(cfg, self.device)
         self.tokens_seen, self.steps = 0, 0
-        self.x_std = self.variance = 0.0  # x_std is √(variance / D), or 1; both are 0 until initialize_
+        self.x_std = self.variance = 0.0  # variance: summed over D; x_std: see initialize_, which sets both
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
-        self.adam = {name: adam_state(p.data) for name, p in self.sae.named_parameters()}  # see adam_
+        self.adam = {n: adam_state(p.data) for n, p in self.sae.named_parameters()}  # mean, square, count
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
@@ -304,7 +304,7 @@ class Trainer:
         check_batch(x, self.cfg.d_model)
         if not self.x_std:
             self.initialize_(x)
-        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # lr, before tokens_seen grows
+        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # lr as adam_ will ask for it
         total, mse, aux, l0, dead, threshold = take_step(self, self.sae.as_rows(x.to(self.device)))
         self.tokens_seen += len(x)
         self.steps += 1
@@ -325,21 +325,21 @@ class Trainer:
 
         Adam on all rows would shrink a rare latent's moments to nothing between two tokens that it fires on.
         """
-        stored = getattr(self.sae, name).data, *self.adam[name]
-        taken = [t[rows] for t in stored]  # copies; for a slice, views
+        stored = [getattr(self.sae, name).data, *self.adam[name]]  # W, mean, square, count
+        taken = [t[rows] for t in stored]  # copies, put back below; for a slice, views
         self.adam_(name, g, *taken)
         for old, new in zip(stored, taken):
             old[rows] = new
 
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
-        """Adam (Kingma & Ba 2015), in place, on rows [r, …]; count [r, …]: the gradients each has had."""
+        """Adam (Kingma & Ba 2015), in place, on rows [r, …]. count [r, 1] or [r]: their gradients so far."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
-        epsilon = 1e-8 * self.x_std**2 / unit  # of the gradient's unit: the loss's over the parameter's
+        epsilon = 1e-8 * self.x_std**2 / unit  # in the gradient's unit: the loss's, x², over the parameter's
         if name == "W_dec":  # rows keep norm 1, so their gradient's part along the row is dropped
             g = g.addcmul(W, (g * W).sum(1, keepdim=True), value=-1)
         count.add_(1)
-        mean.lerp_(g, running_rate(1 - self.cfg.beta1, count))  # so they need no correction of their bias
+        mean.lerp_(g, running_rate(1 - self.cfg.beta1, count))  # with Adam's bias correction in the rate
         square.lerp_(g * g, running_rate(1 - self.cfg.beta2, count))
         W.addcdiv_(mean, square.sqrt().add_(epsilon), value=-lr)
         if name == "W_dec":
@@ -351,7 +351,7 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     total, mse, aux, f = loss(sae, x)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
     total.backward()
-    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # the latents that were active, or in L_aux
+    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # grad is not 0: active latents, and those in L_aux
     for name, p in sae.named_parameters():
         rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
         trainer.update_(name, p.grad[rows], rows)
@@ -363,9 +363,9 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
 
 STEPS = {"plain": plain_step}  # by Config.step; part two adds "sparse", the default
 
-@functools.singledispatch  # another kind of SAE can have other thresholds
+@functools.singledispatch
 def learn_thresholds_(sae: SAE, trainer: Trainer, stats: StepStats):
-    """What a step learns without a gradient: θ, unless nothing was positive."""
+    """What a step learns without a gradient: here θ, unless nothing was positive."""
     if stats.l0:
         trainer.last_threshold = stats.threshold
         update_theta_(sae, stats.threshold, trainer.steps)
@@ -375,11 +375,11 @@ def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
 
     batches: any iterable of float tensors [n, D] of any n. The first 5 % of cfg.tokens, at most
     cfg.eval_tokens, but at least one batch, are set aside for b_dec, x_std and θ; a generator has to give
-    cfg.tokens more. A list starts again when it ends, and then what was set aside is trained on too.
+    cfg.tokens after these. A list starts again when it ends, so then these are no longer held out.
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # a generator just ends
+    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # repeat: lists, not generators
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n_held_out))
     if held_out:
