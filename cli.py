@@ -246,6 +246,8 @@ def left_out(lm):
     if not lm.left_out:
         return ""
     limit, tokens, variance = lm.left_out
+    if not tokens:
+        return f"; no token is left out: none has a norm over {limit:.4g}"
     return (f"; {tokens:.2%} of the tokens are left out, with {variance:.1%} of the variance: their norms "
             f"are over {limit:.4g}")
 
