@@ -7,18 +7,18 @@ With B tokens in a batch, width D of x, F latents, and k active latents per toke
     f = BatchTopK(Z)                         keep the k·B largest positive entries of Z, zero the rest
     X̂ = f W_dec + b_dec                      reconstruction: each active latent adds its decoder row
     L = mean ‖X - X̂‖² + α · L_aux            mean over tokens; L_aux is for latents that no longer fire
-    f = Z · 1[Z > θ]                         inference: one threshold θ > 0 stands in for the batch
+    f = Z · 1[Z > θ]                         inference: one number θ > 0 stands in for the batch
 
 TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
 W_dec have norm 1, so dropping an active entry z moves its token's reconstruction by the distance z: keeping
-the k·B largest entries drops those that move it least.
+the k·B largest entries costs least.
 
     sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of tensors [n, 512]
     f = sae.encode(x)                                                    # [..., 512] -> [..., 4096]
 
-Part one is the method: with step="plain" it trains, with the checks and small helpers at the start of part
-two, which goes on with what makes it fast and practical: the sparse step (the default), rival methods,
-activations of a language model, evaluation, export, several processes (of which one is a special case).
+Part one is the method. With step="plain" it needs of part two only the checks and helpers at its start, and
+`processes`, which does nothing where there is one. Part two is what makes it fast and practical: the sparse
+step (the default), rival methods, activations of a language model, evaluation, export, several processes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 def own_precision(function):
-    """Undo torch.autocast in a function: rounded to bfloat16, other entries would be the largest."""
+    """Switch torch.autocast off in a function: bfloat16 would change which entries are the largest."""
     return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
 def with_gradients(step):
@@ -79,13 +79,13 @@ def option(default, doc, *choices, low=0, high=math.inf):
 class Config:
     """What training depends on beside the data. InputError for a value that cannot work."""
 
-    # (paper: 4096): the paper has 4096. (paper), (authors): the default is the paper's, or its code's
+    # "(paper: 4096)": the paper's value is 4096. "(paper)": it is the same; "(authors)": that of its code is
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "kind of SAE: the function from Z to f")  # a key of SAES
-    normalize: str = option("scale", "scale: biases' learning rate fits x, see Trainer; token: change x")
-    init: str = option("data", "W_enc = W_dec, b_dec the mean of data; or as the authors", "data", "authors")
+    normalize: str = option("scale", "scale: fit the biases' learning rate to x")  # see Trainer, or part two
+    init: str = option("data", "data: b_dec the mean; authors: 0, and a smaller W_enc", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
@@ -128,19 +128,19 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
 # ---- 3. The sparse autoencoder -------------------------------
 
 class SAE(nn.Module):
-    """A BatchTopK sparse autoencoder. Part two adds its methods save and load, and other kinds (make_sae)."""
+    """A BatchTopK sparse autoencoder. Part two adds encode_sparse, save, load, and other kinds of SAE."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = check_kind(config, self)  # InputError if it asks for another kind of SAE
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
-        rows = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
-        encoder_norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # kaiming_uniform's mean
-        self.W_enc = nn.Parameter(encoder_norm * rows)  # [F, D], a copy: row j is what latent j reads
-        self.W_dec = nn.Parameter(rows)  # [F, D]: row j, of norm 1, is what latent j writes
+        directions = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
+        norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # that of kaiming_uniform_'s rows
+        self.W_enc = nn.Parameter(norm * directions)  # [F, D], a copy: row j is what latent j reads
+        self.W_dec = nn.Parameter(directions)  # [F, D]: row j, of norm 1, is what latent j writes
         self.b_enc = nn.Parameter(torch.zeros(F))
         self.b_dec = nn.Parameter(torch.zeros(D))  # init="data": the Trainer starts it at the mean of x
-        self.register_buffer("theta", torch.tensor(math.nan))  # θ, always float32; NaN: not estimated
+        self.register_buffer("theta", torch.tensor(math.nan))  # θ, kept in float32; NaN: not estimated
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
 
     @own_precision
@@ -154,21 +154,22 @@ class SAE(nn.Module):
         return self.theta
 
     def select(self, z: Tensor, selection: str) -> Tensor:
-        """Zero all of Z [B, F] but the active entries: "batch", the k·B largest; "theta", those above θ."""
+        """Zero all of Z [B, F] but the active entries: the k·B largest positive, or those above θ."""
         if selection == "batch":
             return batch_topk(z, self.config.n_kept(len(z)))
         return z.masked_fill(z.float() <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): NaN stays in sight
 
     def as_rows(self, x: Tensor) -> Tensor:
-        """Activations x [..., D] as tokens [B, D] in the dtype of the weights. InputError for another D."""
+        """Activations x [..., D] as tokens [B, D] in the weights' dtype, on their device."""
         check_activations(x, len(self.b_dec))
-        return x.reshape(-1, x.shape[-1]).to(self.W_enc.dtype)
+        return x.reshape(-1, x.shape[-1]).to(self.W_enc)
 
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
         """Activations x [..., D], of any float dtype, to latents f [..., F].
 
         selection: "batch", BatchTopK over all rows of x, as in training; or "theta", the inference form
-        Z · 1[Z > θ], in which each row depends on itself alone: Unavailable before θ is estimated.
+        Z · 1[Z > θ], in which each row depends on itself alone.
+        Raises: InputError for another D, dtype or selection; Unavailable where θ is needed and not estimated.
         """
         check_choice("selection", selection, ("theta", "batch"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
@@ -187,11 +188,6 @@ class SAE(nn.Module):
         """Which latents [F] have been silent for config.dead_tokens tokens or more."""
         return self.tokens_since_fired >= self.config.dead_tokens
 
-    @torch.no_grad()
-    def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
-        """encode's active entries, for x as rows [B, D]: their (row, latent) [2, m] and values [m]."""
-        return active_entries(self, x, selection)
-
 SAES = {"batchtopk": SAE}  # by Config.activation; part two adds other kinds
 
 # ---- 4. Loss -------------------------------------------------
@@ -205,16 +201,16 @@ def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     aux = auxiliary_loss(sae, x, residual.detach())
     return mse + sae.config.aux_coef * aux, mse, aux, f
 
-AUX_SHARE = 1 / 192  # ours, for speed: L_aux uses so few tokens that it computes B·F / 192 of all Z
+AUX_SHARE = 1 / 192  # ours, for speed: L_aux uses so few tokens that it computes 1/192 of Z at most
 
 def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
 
         e = X - X̂,  ê = (the k_aux largest Z of the dead latents, per token) W_dec,  L_aux = mean ‖e - ê‖²
 
-    for x and a detached residual e [B, D], so that live latents get no gradient. No ReLU, unlike the authors:
-    with one, a latent with negative Z on all tokens would get no gradient. Where many latents are dead only
-    the first tokens are used (x is taken to be shuffled).
+    for x and a detached residual e [B, D]: live latents get no gradient, b_dec does. No ReLU, unlike the
+    authors: with one, a latent with negative Z on all tokens would get none. If more than F / 192 latents are
+    dead only the first tokens are used (x is taken to be shuffled).
     """
     cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
     if not len(dead) or not cfg.aux_k:
@@ -228,7 +224,7 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
 # ---- 5. θ: one number that stands in for the batch -----------
 
 # The threshold of a batch is the smallest positive entry that BatchTopK keeps of it. θ is the mean of many of
-# them. Used for each token alone, it keeps k entries on average.
+# them. Used for each token alone, it keeps about k entries on average.
 
 THETA_RATE = 0.01  # weight of a new batch in the running average
 
@@ -239,7 +235,7 @@ def running_rate(rate, n):
 def update_theta_(sae: SAE, threshold: float, n: int):
     """θ = E[threshold of a batch] (paper, equation 4) as a running average, after the n-th training step.
 
-    It serves an unfinished SAE; `train` ends with calibrate, which replaces it.
+    So that encode works during training; `train` ends with calibrate, which replaces it.
     """
     theta = sae.theta.nan_to_num(threshold)  # NaN until now: the average would stay NaN
     sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (threshold - theta))
@@ -247,9 +243,13 @@ def update_theta_(sae: SAE, threshold: float, n: int):
 @functools.singledispatch
 @torch.no_grad()
 def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
-    """Set θ to the mean threshold of held-out tokens [n, D], as whole batches. InputError if none has one."""
+    """Set θ to the mean threshold of batches of B held-out tokens, and return it.
+
+    batches: any iterable of tensors [n, D] of any n; a rest that fills no batch is left out, if there are
+    others. InputError if no batch has a positive entry.
+    """
     batches = whole_batches(batches, sae.config.batch_size, sae.W_dec.device)
-    thresholds = [smallest(sae.encode_sparse(x, "batch")[1]) for x in batches]  # of the values; ∞ if none
+    thresholds = [smallest(active_entries(sae, x, "batch")[1]) for x in batches]  # of the values; ∞ if none
     thresholds = [threshold for threshold in thresholds if threshold != math.inf]
     theta = sum(thresholds) / max(1, len(thresholds))  # 0 if there is none
     check_theta(theta)
@@ -275,22 +275,22 @@ class Trainer:
     """Trains one SAE step by step.
 
     normalize="scale" makes training independent of the size of x, without scaling x. Adam's steps have the
-    size of the learning rate, whatever the loss. That suits the weights, which have no unit (f has that of
-    x); biases have the unit of x, so their learning rate is multiplied by x_std, x's standard deviation.
+    size of the learning rate, whatever the loss. That suits weights, which have no unit (f has that of x);
+    biases have the unit of x, so their learning rate is multiplied by x_std, its deviation per coordinate.
     """
 
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = make_sae(cfg, self.device)
         self.tokens_seen, self.steps = 0, 0
-        self.x_std = self.variance = 0.0  # variance: summed over D; x_std: see initialize_, which sets both
+        self.x_std = self.variance = 0.0  # per coordinate, summed over D; 0: initialize_ was not called
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
-        self.adam = {n: adam_state(p.data) for n, p in self.sae.named_parameters()}  # mean, square, count
+        self.adam = {s: adam_state(p.data) for s, p in self.sae.named_parameters()}  # mean, square, count
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
         """Set b_dec, x_std and variance from x [n, D]. If nobody did, step does it with its first batch."""
-        x = self.sae.as_rows(x.to(self.device))
+        x = self.sae.as_rows(x)
         variance = float((x - x.mean(0)).square().sum(1).mean())
         check_variance(variance, x)
         if self.cfg.init == "data":
@@ -300,16 +300,16 @@ class Trainer:
 
     @with_gradients
     def step(self, x: Tensor) -> StepStats:
-        """One training step on x [B, D]. InputError for anything else."""
+        """One training step on x [B, D]. InputError for another shape, or if x or the loss is not finite."""
         check_batch(x, self.cfg.d_model)
         if not self.x_std:
             self.initialize_(x)
-        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # lr as adam_ will ask for it
-        total, mse, aux, l0, dead, threshold = take_step(self, self.sae.as_rows(x.to(self.device)))
+        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # before tokens_seen grows
+        total, mse, aux, l0, dead, threshold = take_step(self, self.sae.as_rows(x))
         self.tokens_seen += len(x)
         self.steps += 1
         stats = StepStats(total, mse, aux, mse / self.variance, l0, dead, threshold, lr)
-        learn_thresholds_(self.sae, self, stats)
+        learn_thresholds_(self.sae, self, stats)  # here θ
         return stats
 
     def learning_rate(self) -> float:
@@ -326,16 +326,16 @@ class Trainer:
         Adam on all rows would shrink a rare latent's moments to nothing between two tokens that it fires on.
         """
         stored = [getattr(self.sae, name).data, *self.adam[name]]  # W, mean, square, count
-        taken = [t[rows] for t in stored]  # copies, put back below; for a slice, views
+        taken = [t[rows] for t in stored]  # copies, put back below (for a slice views: no harm)
         self.adam_(name, g, *taken)
         for old, new in zip(stored, taken):
             old[rows] = new
 
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
-        """Adam (Kingma & Ba 2015), in place, on rows [r, …]. count [r, 1] or [r]: their gradients so far."""
+        """Adam (Kingma & Ba 2015), in place, on rows [r, …]. count [r, 1] or [r]: of their gradients."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
-        epsilon = 1e-8 * self.x_std**2 / unit  # in the gradient's unit: the loss's, x², over the parameter's
+        epsilon = 1e-8 * self.x_std**2 / unit  # in the gradient's unit: x² (the loss's), for biases x
         if name == "W_dec":  # rows keep norm 1, so their gradient's part along the row is dropped
             g = g.addcmul(W, (g * W).sum(1, keepdim=True), value=-1)
         count.add_(1)
@@ -351,7 +351,7 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     total, mse, aux, f = loss(sae, x)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
     total.backward()
-    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # grad is not 0: active latents, and those in L_aux
+    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # others have grad 0: not active, nor in L_aux
     for name, p in sae.named_parameters():
         rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
         trainer.update_(name, p.grad[rows], rows)
@@ -373,13 +373,13 @@ def learn_thresholds_(sae: SAE, trainer: Trainer, stats: StepStats):
 def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
-    batches: any iterable of float tensors [n, D] of any n. The first 5 % of cfg.tokens, at most
-    cfg.eval_tokens, but at least one batch, are set aside for b_dec, x_std and θ; a generator has to give
-    cfg.tokens after these. A list starts again when it ends, so then these are no longer held out.
+    batches: any iterable of float tensors [n, D] of any n, shuffled. First some tokens are set aside for
+    b_dec, x_std and θ: 5 % of cfg.tokens, at most cfg.eval_tokens, at least one batch. A generator has to
+    give cfg.tokens after these; a list starts again when it ends, so then these are no longer held out.
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # repeat: lists, not generators
+    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # float32; generators end
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n_held_out))
     if held_out:
@@ -495,12 +495,19 @@ def check_kind(cfg: Config, sae: SAE) -> Config:
     return cfg
 
 @own_precision
-def active_entries(sae: SAE, x: Tensor, selection: str) -> tuple[Tensor, Tensor]:
-    """SAE.encode_sparse, without a matrix [B, F] unless step="plain"."""
+@torch.no_grad()
+def active_entries(sae: SAE, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
+    """SAE.encode_sparse: the active entries of encode, for x as rows [B, D].
+
+    Returns (row, latent) [2, m] int64, by row, then latent, and values [m] float32. Errors as for encode.
+    There is no matrix [B, F] unless config.step is "plain".
+    """
     if sae.config.step == "sparse":
         return sparse_entries(sae, x, selection)
     f = sae.encode(x, selection).reshape(-1, len(sae.b_enc))
     return f.nonzero().T, f[f != 0].float()
+
+SAE.encode_sparse = active_entries
 
 @torch.inference_mode(False)
 def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -957,7 +964,7 @@ def standardize(x, per_token: bool):
 
 def restore(sae: SAE, x_hat: Tensor, x: Tensor) -> Tensor:
     """What SAE.decode gives, x_hat [..., D], in the units of x [..., D]."""
-    _, mean, std = standardize(x.to(sae.W_enc.dtype), sae.config.normalize == "token")
+    _, mean, std = standardize(x.to(sae.W_enc), sae.config.normalize == "token")
     return x_hat * std + mean
 
 class StandardizedTokens:
@@ -1002,7 +1009,7 @@ class RunConfig(Config):
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
     prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
-    max_norm: float = option(5, "leave out tokens whose norm is over this multiple of the median; 0: none")
+    max_norm: float = option(4, "leave out tokens whose norm is over this multiple of the median; 0: none")
     norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
     model_batch: int = option(32, "contexts in one forward pass of the model", low=1)
     buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
