@@ -947,8 +947,9 @@ def calibrate_thresholds(sae, batches):
     """
     cfg, theta = dataclasses.replace(sae.config, activation="batchtopk"), sae.get_theta()
     scaled = make_sae(cfg, sae.W_dec.device)
-    scaled.W_enc.data, scaled.b_enc.data = sae.W_enc / theta[:, None], sae.b_enc / theta
-    scaled.b_dec.data = sae.b_dec.data
+    for own, t in ((scaled.W_enc, sae.W_enc / theta[:, None]), (scaled.b_enc, sae.b_enc / theta),
+                   (scaled.b_dec, sae.b_dec)):
+        own.copy_(t)
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
     return factor
