@@ -552,6 +552,142 @@ def test_a_refused_batch_leaves_the_trainer_as_it_was(planted, step):
         assert stats == twin.step(planted.batch(16, i))
     assert stats.dead and same_tensors(bt.trainer_state(trainer), bt.trainer_state(twin))
 
+# The search of the sparse step
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.999, 1.0, 1.001, 1e6])
+@pytest.mark.parametrize("n_rows", [16, 13, 1])  # masks of a multiple of 8 entries, and others
+def test_the_search_is_a_sort_of_all_entries_wherever_it_starts(n_rows, factor, dtype, monkeypatch):
+    """The hint is 0, a share of the true threshold, the threshold itself, just above it, or far above all."""
+    chunks(monkeypatch, n_rows)
+    for seed in range(2):
+        sae = random_sae(config(n_latents=51), seed)
+        centred = (randn(n_rows, 12, seed=seed + 100) - sae.b_dec).detach()
+        z = (sae.W_enc.detach() @ centred.T + sae.b_enc.detach()[:, None]).flatten()
+        order, theta = z.argsort(descending=True), 0.5 + z.view(51, n_rows).abs().mean(1) / 2
+        for n in (1, 2, 5, 3 * n_rows, 10**6, None):  # None: all that exceed thresholds of their latents
+            expected = order[:n][z[order[:n]] > 0].sort().values
+            hint = factor * float(z[expected].min())
+            if n is None:
+                expected, hint = (z.view(51, n_rows) > theta[:, None]).flatten().nonzero().squeeze(1), theta
+            latent, row, value = bt.find_entries(sae, centred, hint, n, dtype)
+            index = latent * n_rows + row
+            if n == 10**6 and dtype == torch.bfloat16:  # rounding may hide what is next to 0
+                expected, value = expected[z[expected] > 0.03], value[z[index] > 0.03]
+                index = index[z[index] > 0.03]
+            assert torch.equal(index, expected), "by latent, then row"
+            torch.testing.assert_close(value, z[index], atol=1e-5, rtol=1e-5)  # float32, whoever nominated it
+
+def test_bfloat16_misses_no_entry_however_large_the_biases_are():
+    """Bug here once: the margin was a share of the threshold, while rounding errs by one of the product."""
+    sae, x, n = bt.SAE(config(d_model=64, n_latents=2048)), 18.5 * randn(256, 64, seed=1), 8192
+    with torch.no_grad():
+        sae.b_enc.fill_(-40.0)
+    latent, row, value = bt.find_entries(sae, x, 0.0, n)
+    expected, threshold = {*zip(latent.tolist(), row.tolist())}, float(value.min())
+    assert len(expected) == n and threshold < 0.5, "while the products are beyond 40"
+    for hint, number in ((0.0, n), (0.95 * threshold, n), (0.95 * threshold, None)):
+        latent, row, _ = bt.find_entries(sae, x, hint, number, torch.bfloat16)
+        missed = expected - {*zip(latent.tolist(), row.tolist())}
+        assert not missed, f"{len(missed)} entries from {hint}"
+
+def test_the_first_search_holds_few_entries(monkeypatch):
+    """Without a hint half of all entries are positive; the threshold rises before the chunks grow."""
+    sae, x, found, nonzero = random_sae(config(n_latents=4096)), randn(64, 12, seed=1), [], bt.nonzero_flat
+    monkeypatch.setattr(bt, "nonzero_flat", lambda mask: (found.append(nonzero(mask)), found[-1])[1])
+    _, _, value = bt.find_entries(sae, x, 0.0, 192)
+    assert len(value) == 192 and max(map(len, found)) < 4 * 192 and sum(map(len, found)) < 20 * 192
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("selection", ["batch", "theta"])
+@pytest.mark.parametrize("step", ["plain", "sparse"])
+def test_active_entries_are_those_of_encode(selection, activation, step, monkeypatch):
+    chunks(monkeypatch, 16)
+    sae, x = random_sae(config(activation=activation, step=step)), randn(16, 12, seed=1)
+    sae.theta.fill_(1.5)
+    (indices, kept), f = sae.encode_sparse(x.view(4, 4, 12), selection), sae.encode(x, selection).detach()
+    assert torch.equal(indices, f.nonzero().T), "by row, then latent"
+    torch.testing.assert_close(kept, f[tuple(indices)], atol=1e-6, rtol=1e-6)
+
+def test_large_inputs_are_encoded_a_part_at_a_time_and_none_at_all():
+    sae, x = random_sae(config()), randn(9000, 12, seed=1)
+    sae.theta.fill_(1.5)
+    (row, latent), value = sae.encode_sparse(x)
+    f = sae.encode(x).detach()
+    assert torch.equal(torch.stack([row, latent]), f.nonzero().T)
+    torch.testing.assert_close(value, f[row, latent], atol=1e-6, rtol=1e-6)
+    for selection in ("theta", "batch"):
+        assert sae.encode(x[:0], selection).shape == (0, 40)
+        assert sae.encode_sparse(x[:0], selection)[0].shape == (2, 0)
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_bfloat16_sae_encodes_sparsely_and_calibrates(activation):
+    """Bug here once: mixed dtypes. The sparse form computes in float32, from rounded weights and inputs."""
+    sae, x = random_sae(config(activation=activation)).bfloat16(), randn(64, 12, seed=1)
+    sae.theta.fill_(1.5)
+    twin, rounded = copy.deepcopy(sae).float(), x.bfloat16().float()
+    for selection in ("theta", "batch"):
+        for found, expected in zip(sae.encode_sparse(x, selection), twin.encode_sparse(rounded, selection)):
+            torch.testing.assert_close(found, expected)
+    assert bt.calibrate(sae, [x]) == pytest.approx(bt.calibrate(twin, [rounded]), rel=1e-2)
+    assert sae.W_enc.dtype == torch.bfloat16 and sae.get_theta().dtype == torch.float32
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_tensor_of_a_step_has_batch_times_latents_entries(planted, activation, monkeypatch):
+    """Nor does the first step have one, which has no hint to start from, nor calibration and evaluation."""
+    monkeypatch.setattr(bt, "CHUNK_ENTRIES", {"cpu": 1 << 16})
+    trainer = bt.Trainer(config(d_model=48, n_latents=2048, batch_size=512, activation=activation))
+    monkeypatch.setattr(bt, "JUMP_START", 1024 / 4096)  # so that one step selects by its own thresholds
+    with Largest() as largest:
+        for i in range(3):
+            trainer.step(planted.batch(512, i))
+        bt.calibrate(trainer.sae, [planted.batch(512, 3)])
+        bt.evaluate(trainer.sae, [planted.batch(512, 4)])
+    assert 1 << 16 <= largest.entries <= max(1 << 16, 2048 * 48) < 512 * 2048 / 8, largest.entries
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_step_on_a_gpu_is_the_step_on_a_cpu(dtype, activation):
+    """At a size with many chunks. TF32 is off by default, so float32 is float32."""
+    shape = dict(d_model=256, n_latents=8192, batch_size=4096, k=32, activation=activation, beta1=0.0)
+    stats, found, x = {}, {}, randn(4096, 256, seed=1)
+    for where in ("cpu", "cuda"):
+        sae = random_sae(config(**shape, device=where, encoder_dtype=dtype if where == "cuda" else "float32"))
+        sae.tokens_since_fired[::7] = 10**6
+        stats[where], found[where] = gradients(sae.to(where), x)
+    assert stats["cuda"].l0 == stats["cpu"].l0
+    assert stats["cuda"].mse == pytest.approx(stats["cpu"].mse, rel=1e-5)
+    for name, expected in found["cpu"].items():
+        assert (found["cuda"][name].cpu() - expected).norm() < 1e-4 * expected.norm(), name
+
+# JumpReLU
+
+def test_jumprelu_reaches_the_l0_asked_for(planted):
+    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=80_000, activation="jumprelu")
+    sae = bt.train(cfg, planted.stream(256))
+    metrics = bt.evaluate(sae, [planted.batch(4096, 900)])["theta"]
+    assert metrics["l0"] == pytest.approx(4, rel=0.02) and metrics["fvu"] < 0.1
+    assert sae.log_threshold.std() > 0.01, "the thresholds should have parted"
+    assert sae.theta.isnan(), "it has thresholds, no θ"
+
+def test_the_penalty_grows_while_too_many_latents_are_active_and_shrinks_while_too_few_are():
+    trainer = bt.Trainer(config(activation="jumprelu", k=4))
+    for l0 in (8, 2, 0):
+        trainer.sae.penalty.copy_(torch.tensor([1.0, 0.1]))
+        stats = bt.StepStats(*[math.nan] * 4, l0, 0, math.nan, math.nan)
+        bt.learn_thresholds_(trainer.sae, trainer, stats)
+        assert (trainer.sae.penalty[0] > 1) == (l0 > 4) and 0.5 < trainer.sae.penalty[0] < 1.2
+
+def test_calibration_scales_the_thresholds_until_l0_is_k():
+    """For one batch the factor is exactly the N-th largest entry, in units of its latent's threshold."""
+    sae, x = random_sae(config(activation="jumprelu", batch_size=64)), randn(64, 12, seed=5)
+    before, z = sae.get_theta().detach(), sae.pre_activations(x).detach()
+    expected = (z / before).flatten().sort(descending=True).values[sae.config.n_kept(64) - 1]
+    assert bt.calibrate(sae, [x]) == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(sae.get_theta().detach(), before * expected)
+    assert (sae.encode(x) > 0).sum() == pytest.approx(sae.config.n_kept(64), abs=1)
+
 # Evaluation
 
 @pytest.mark.parametrize("selection", ["batch", "theta"])
