@@ -1302,11 +1302,13 @@ def activation_batches(cfg, lm, at=Position()):
     buffer = torch.empty(size, lm.d_model, dtype=lm.model.dtype, device=lm.device)
     while at.tokens < cfg.tokens:  # fill the buffer, then serve its rows in a random order
         start, n, left = at, 0, cfg.tokens - at.tokens
-        while n < min(most, left):  # no activation is computed that no step will use
-            few = min(cfg.model_batch, math.ceil((min(most, left) - n) / cfg.context))
+        wanted = min(most, left)  # no activation is computed that no step will use
+        while n < wanted:
+            few = min(cfg.model_batch, math.ceil((wanted - n) / cfg.context))
             ids, positions = zip(*itertools.islice(stream, few))
             x, _ = lm.kept_activations(torch.stack(ids))
-            buffer[n : n + len(x)], n, at = x, n + len(x), positions[-1]
+            buffer[n : n + len(x)] = x
+            n, at = n + len(x), positions[-1]
         used = left if n >= left else n - n % cfg.batch_size
         rows = random_order(n, cfg.seed, start.documents, start.contexts)[:used].split(cfg.batch_size)
         for i in range(start.batches, len(rows)):
@@ -1440,7 +1442,7 @@ def splice_losses(saes, lm, contexts, mean, on_context=None):
     What does not depend on the SAE is computed once for all of them.
     """
     few = max(1, (1 << 25) // (contexts.shape[1] * lm.model.get_output_embeddings().weight.shape[0]))
-    forms = [(sae, form) for sae in saes for form in SELECTIONS[sae.config.activation != "batchtopk":]]
+    forms = [(sae, form) for sae in saes for form in different_forms(sae)]
     batch_size, edits = max(sae.config.batch_size for sae in saes), [torch.zeros_like, mean.expand_as]
     sums, n_read, n_done = 0.0, 0, 0
     for ids in contexts.to(lm.device).split(max(1, batch_size // contexts.shape[1])):
@@ -1465,6 +1467,10 @@ def splice_losses(saes, lm, contexts, mean, on_context=None):
     return [{form: found.get(form, found["theta"]) for form in SELECTIONS} for found in losses]
 
 SELECTIONS = "batch", "theta"
+
+def different_forms(sae):
+    """The selections that differ: of a rival they are the same, and one pass is enough."""
+    return SELECTIONS if sae.config.activation == "batchtopk" else ("theta",)
 
 def reconstruct_all(sae, x, selection):
     """reconstruct of x [n, D] of any n, in equal parts of at most a batch."""
