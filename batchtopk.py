@@ -135,7 +135,7 @@ class SAE(nn.Module):
         self.config = check_kind(config, self)  # InputError if it asks for another kind of SAE
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
         directions = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
-        norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # that of kaiming_uniform_'s rows
+        norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # as kaiming_uniform_ on W_encᵀ [D, F]
         self.W_enc = nn.Parameter(norm * directions)  # [F, D], a copy: row j is what latent j reads
         self.W_dec = nn.Parameter(directions)  # [F, D]: row j, of norm 1, is what latent j writes
         self.b_enc = nn.Parameter(torch.zeros(F))
@@ -201,7 +201,7 @@ def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     aux = auxiliary_loss(sae, x, residual.detach())
     return mse + sae.config.aux_coef * aux, mse, aux, f
 
-AUX_SHARE = 1 / 192  # ours, for speed: L_aux uses so few tokens that it computes 1/192 of Z at most
+AUX_SHARE = 1 / 192  # ours, for speed: L_aux computes at most this share of Z, or one token of it
 
 def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.

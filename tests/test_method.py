@@ -149,7 +149,9 @@ def test_saes_saved_by_an_older_version_load_and_give_the_same_latents(activatio
     """Of commit c75c79b: the checksum covers the file's own text, and new fields have the old meaning."""
     folder = Path(__file__).parent / "assets" / "saved-by-c75c79b" / activation
     sae, expected = bt.SAE.load(folder), torch.load(folder / "expected.pt")
-    assert torch.equal(sae.encode(expected["x"]), expected["f"]) and expected["f"].any()
+    f = sae.encode(expected["x"]).detach()
+    assert torch.equal(f > 0, expected["f"] > 0) and f.any()
+    torch.testing.assert_close(f, expected["f"], atol=1e-6, rtol=1e-5)  # other processors add up otherwise
     assert (sae.config.prepend_bos, sae.config.max_norm, sae.config.norm_limit) == (False, 0, 0)
 
 def test_loading_something_else_names_it(tmp_path, planted_sae):
