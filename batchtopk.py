@@ -904,6 +904,7 @@ def jumprelu_loss(sae, x):
 
 @search.register(JumpReLUSAE)
 def jumprelu_search(sae, centred, selection, hint, dtype=torch.float32):
+    """All entries above their latent's threshold, whatever the selection."""
     return find_entries(sae, centred, sae.get_theta(), None, dtype)
 
 @step_entries.register(JumpReLUSAE)
@@ -978,13 +979,13 @@ class StandardizedTokens:
         return restore(self, super().forward(x, selection), x)
 
 class TokenSAE(StandardizedTokens, SAE):
-    pass
+    """BatchTopK on standardised tokens."""
 
 class TokenTopKSAE(StandardizedTokens, TopKSAE):
-    pass
+    """TopK on standardised tokens."""
 
 class TokenJumpReLUSAE(StandardizedTokens, JumpReLUSAE):
-    pass
+    """JumpReLU on standardised tokens."""
 
 SAES_ON_STANDARDIZED = {"batchtopk": TokenSAE, "topk": TokenTopKSAE, "jumprelu": TokenJumpReLUSAE}
 
@@ -1738,6 +1739,7 @@ def trainer_state(trainer):
 # Saving, loading, precision: methods that SAE gets here
 
 def config_json(cfg: Config) -> str:
+    """The text of config.json."""
     return json.dumps(dataclasses.asdict(cfg), indent=2)
 
 def save_sae(sae: SAE, folder: str | os.PathLike):
