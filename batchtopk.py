@@ -90,7 +90,7 @@ class Config:
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", high=1)
-    beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99)", high=1)
+    beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99); < 1", high=1)
     warmup: float = option(0.02, "share of the run in which the learning rate rises", high=1)
     decay: float = option(0.3, "share of the run in which the learning rate falls to 0", high=1)
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
@@ -98,12 +98,12 @@ class Config:
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
     encoder_dtype: str = option("auto", "in which the sparse step finds candidates; auto: bfloat16 if fast")
-    eval_tokens: int = option(65_536, "held-out tokens to calibrate θ on, and as many to evaluate on", low=1)
+    eval_tokens: int = option(65_536, "held-out tokens for θ (bt.train: at most); as many to evaluate on", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
 
     def __post_init__(self):
-        check_config(self)  # which knows what activation, normalize and step may be, too
+        check_config(self)  # which knows the rest: activation, normalize, step; beta1² < beta2 < 1
 
     def n_kept(self, n_tokens: int) -> int:
         """How many entries are kept of a batch: k for each of its tokens, rounded down, but at least 1."""
