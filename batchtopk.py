@@ -98,7 +98,7 @@ class Config:
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
     encoder_dtype: str = option("auto", "in which the sparse step finds candidates; auto: bfloat16 if fast")
-    eval_tokens: int = option(65_536, "held-out tokens for θ (bt.train: at most); as many to evaluate on", low=1)
+    eval_tokens: int = option(65_536, "held-out tokens for θ (bt.train: at most); as many to evaluate", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
 
