@@ -300,7 +300,7 @@ class Trainer:
 
     @with_gradients
     def step(self, x: Tensor) -> StepStats:
-        """One training step on x [B, D]. InputError for another shape, or if x or the loss is not finite."""
+        """One training step on x [B, D]. InputError for another shape, or if x or the mse is not finite."""
         check_batch(x, self.cfg.d_model)
         if not self.x_std:
             self.initialize_(x)
