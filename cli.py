@@ -393,8 +393,8 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         configs = {name: replace(own, **found) for name, own in configs.items()}
         evaluation = bt.shuffled_activations(lm, evaluation_ids, cfg.model_batch)
         if not len(calibration) or not len(evaluation):
-            raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit on norms that "
-                                "leaves out all")
+            raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit "
+                                "on norms that leaves out all")
         trainers = {name: bt.Trainer(own) for name, own in configs.items()}
         seconds = dict.fromkeys(trainers, 0.0)  # in each SAE's own steps
         train_trainers(trainers, seconds, replace(cfg, **found), lm, folder, evaluation[:4096], on_step)
