@@ -234,11 +234,9 @@ def running_rate(rate, n):
 
 def update_theta_(sae: SAE, threshold: float, n: int):
     """θ = E[threshold of a batch] (paper, equation 4) as a running average, after the n-th training step.
-
-    So that encode works during training; `train` ends with calibrate, which replaces it.
-    """
-    theta = sae.theta.nan_to_num(threshold)  # NaN until now: the average would stay NaN
-    sae.theta.copy_(theta + running_rate(THETA_RATE, n) * (threshold - theta))
+    With it encode works during training; `train` ends with calibrate, which replaces it."""
+    rate = running_rate(THETA_RATE, n)  # NaN until now: the average would stay NaN
+    sae.theta.nan_to_num_(threshold).mul_(1 - rate).add_(rate * threshold)
 
 @functools.singledispatch
 @torch.no_grad()
@@ -331,11 +329,14 @@ class Trainer:
         for old, new in zip(stored, taken):
             old[rows] = new
 
+    def adam_rates(self, name: str) -> tuple[float, float]:
+        """A parameter's learning rate, and ε in its gradient's unit: x² (the loss's), for biases x."""
+        unit = self.x_std if name in ("b_enc", "b_dec") else DECODER_LR if name == "W_dec" else 1
+        return self.learning_rate() * unit, 1e-8 * self.x_std**2 / unit
+
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
         """Adam (Kingma & Ba 2015), in place, on rows [r, …]. count [r, 1] or [r]: of their gradients."""
-        unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
-        lr = self.learning_rate() * unit * (DECODER_LR if name == "W_dec" else 1)
-        epsilon = 1e-8 * self.x_std**2 / unit  # in the gradient's unit: x² (the loss's), for biases x
+        lr, epsilon = self.adam_rates(name)
         if name == "W_dec":  # rows keep norm 1, so their gradient's part along the row is dropped
             g = g.addcmul(W, (g * W).sum(1, keepdim=True), value=-1)
         count.add_(1)
@@ -568,37 +569,43 @@ HINT = 0.95  # the search starts at this share of the last step's threshold
 @torch.no_grad()
 def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step at the kept entries alone; under torchrun, those of this process's latents."""
-    sae, cfg = trainer.sae, trainer.cfg
+    sae, cfg, (dead, n_dead) = trainer.sae, trainer.cfg, dead_latents(trainer.sae)
     centred, dtype = x - sae.b_dec, choose_dtype(cfg.encoder_dtype, x.device)
-    hint = HINT * trainer.last_threshold
-    latent, row, value, l0_coef, own_gradients = step_entries(sae, centred, hint, dtype)
-    order = row.argsort(stable=True)
-    starts = group_starts(row[order], len(x))
-    x_hat = processes.sum_(sum_rows(sae.W_dec, latent[order], value[order], starts))  # f W_dec
-    residual = centred - x_hat  # X - X̂
-    del x_hat, order
-    mse = residual.square().sum(1).mean()
-    aux, d_aux = auxiliary_gradient(sae, x, residual)
-    mse, aux = torch.stack([mse, aux]).tolist()  # on a GPU the host waits here
-    check_finite(mse, trainer.tokens_seen)
-    # Backward
-    g = residual * (-2 / len(x))  # ∂mse/∂X̂
-    del residual
-    d_f = dots(sae.W_dec, g, latent, row)  # ∂mse/∂f = g W_decᵀ
-    active = value > 0
-    d_value = d_f * active
-    d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, latent, d_value)
-    d_b_dec = g.sum(0) - processes.sum_(d_b_enc @ sae.W_enc)  # the encoder's share is a vector times a matrix
-    for name, d in own_gradients(d_f).items():
-        trainer.update_(name, d)
-    trainer.update_("b_dec", d_b_dec + d_aux.b_dec)
-    d_b_enc.index_add_(0, d_aux.dead, d_aux.b_enc)
-    update_latents_(trainer, (latent, row, value, d_value), centred, g, d_b_enc, d_aux)
-    # Counters
-    sae.tokens_since_fired.add_(len(x)).index_fill_(0, latent[active], 0)
-    l0 = processes.total(int(active.sum())) / len(x)
-    n_dead = int(processes.total(int(sae.is_dead().sum())))
-    return mse + cfg.aux_coef * aux + l0_coef * l0, mse, aux, l0, n_dead, smallest(value[active])
+    for hint in (HINT * trainer.last_threshold, 0.0):
+        latent, row, value, attempt, l0_coef, own_gradients = step_entries(sae, centred, hint, dtype)
+        row_sorted, order = row.sort(stable=True)
+        x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row_sorted, len(x)))
+        residual = centred - processes.sum_(x_hat)  # X - X̂: f W_dec summed over entries
+        del x_hat, row_sorted, order
+        mse = residual.square().sum(1).mean()
+        aux, d_aux = auxiliary_gradient(sae, centred, residual, dead, n_dead)
+        # Backward
+        g = residual.mul_(-2 / len(x))  # ∂mse/∂X̂
+        d_value = dots(sae.W_dec, g, latent, row)  # ∂mse/∂f = g W_decᵀ
+        starts = group_starts(latent, len(sae.b_enc))
+        d_b_enc = sum_rows(torch.ones_like(g[:, :1]), row, d_value, starts).view(-1)
+        d_b_enc.index_add_(0, d_aux.dead, d_aux.b_enc)
+        d_b_dec = g.sum(0) - processes.sum_(sae.W_enc.T.mv(d_b_enc))  # also L_aux's: it sees b_dec through Z
+        # Counters
+        fired = starts[1:] > starts[:-1]
+        silent = (sae.tokens_since_fired + len(x)).masked_fill_(fired, 0)
+        threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
+        numbers = torch.stack([mse, aux, threshold, (silent >= cfg.dead_tokens).sum()])
+        numbers = processes.gather(numbers).tolist()  # the one wait of a GPU; nothing has changed before it
+        check_finite(numbers[0][0], trainer.tokens_seen)
+        if not attempt or numbers[0][2] > 0:
+            break
+    # Update
+    for name, d in own_gradients(g).items():
+        update_vector_(trainer, name, d)
+    update_vector_(trainer, "b_dec", d_b_dec)
+    update_latents_(trainer, (latent, row, value, d_value), starts, fired, centred, g, d_b_enc, d_aux)
+    sae.tokens_since_fired.copy_(silent)
+    mse, aux, _, mine = numbers[processes.rank]
+    _, _, thresholds, n_dead = zip(*numbers)
+    remember_dead(sae, int(mine), int(sum(n_dead)))
+    l0 = processes.total(len(value)) / len(x)
+    return mse + cfg.aux_coef * aux + l0_coef * l0, mse, aux, l0, int(sum(n_dead)), min(thresholds)
 
 STEPS["sparse"] = sparse_step
 
@@ -607,20 +614,45 @@ class StepEntries(NamedTuple):
     latent: Tensor
     row: Tensor
     value: Tensor
+    attempt: bool = False  # by nominate: if a value is 0 the hint was no good
     l0_coef: float = 0.0  # the loss has this times l0
-    own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda d_f: {}  # of parameters that only it has
+    own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda g: {}  # of parameters that only it has
 
 @functools.singledispatch
 def step_entries(sae, centred, hint, dtype) -> StepEntries:
     """The entries that a training step keeps of x - b_dec = centred."""
-    return StepEntries(*search(sae, centred, "batch", hint, dtype))
+    return StepEntries(*search(sae, centred, "step", hint, dtype))
 
 @functools.singledispatch
 def search(sae, centred, selection, hint, dtype=torch.float32):
-    """latent, row and value of the active entries, by latent, then row. hint: see find_entries."""
+    """latent, row and value of the active entries, by latent, then row. hint: see find_entries.
+
+    "step" is "batch" without a wait where there are kernels; the result then is an attempt: see StepEntries.
+    """
+    n = sae.config.n_kept(len(centred))
     if selection == "theta":
         return find_entries(sae, centred, sae.get_theta(), None, dtype)
-    return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
+    if selection == "step" and hint and has_kernels(centred) and processes.size == 1:
+        return *nominate(sae, centred, hint, n, dtype), True
+    return find_entries(sae, centred, hint, n, dtype)
+
+def dead_latents(sae):
+    """The dead latents of this process, ascending, and how many dead latents all processes have.
+
+    These numbers are known from the step before, if nobody has changed the counters: the host need not wait.
+    """
+    silent = sae.tokens_since_fired
+    version, mine, total = getattr(silent, "dead", (None, 0, 0))
+    if version != silent._version:
+        mine = int(sae.is_dead().sum())
+        total = int(processes.total(mine))
+    if not mine:
+        return torch.empty(0, dtype=torch.int64, device=silent.device), total
+    return sae.is_dead().nonzero_static(size=mine).squeeze(1), total
+
+def remember_dead(sae, mine: int, total: int):
+    """Keep for dead_latents how many there are: at the counters, with their version."""
+    sae.tokens_since_fired.dead = sae.tokens_since_fired._version, mine, total
 
 def sparse_entries(sae, x, selection):
     """SAE.encode_sparse without a matrix [B, F]; it computes in float32."""
@@ -703,20 +735,28 @@ def chunk_entries(sae, part, centred, columns, thresholds, scratch):
     """entries_above of some of the latents. A NaN counts as above, so that it is seen."""
     W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
     z = torch.mm(W.to(columns.dtype), columns, out=scratch[: len(W)])
+    found = flat_above(z, product_threshold(least, b, z.dtype))
     if z.dtype == torch.float32:
-        found = nonzero_flat(~(z <= (least - b)[:, None]))
         value = z.view(-1)[found] + b[found // n_rows]
     else:
-        found = nonzero_flat(~(z <= (least - b - BFLOAT16_ERROR * (least - b).abs())[:, None]))
         latent, row = found // n_rows, found % n_rows
         value = dots(W.float(), centred, latent, row) + b[latent]
         above = ~(value <= least[latent])
         found, value = found[above], value[above]
     return found + part.start * n_rows, value
 
-def nonzero_flat(mask):
-    """mask.view(-1).nonzero(); on a CPU NumPy's, which is faster; on a GPU the host waits here."""
-    if mask.device.type == "cpu":
+def product_threshold(threshold, b_enc, dtype):
+    """What a product of this dtype must exceed so that its pre-activation may exceed the threshold."""
+    least = threshold - b_enc
+    return least if dtype == torch.float32 else least.sub(least.abs(), alpha=BFLOAT16_ERROR)
+
+def flat_above(z, least):
+    """Where z [r, B] exceeds least [r] or is NaN: flat indices, ascending. On a GPU the host waits here."""
+    if has_kernels(z):
+        latent, row = collect(z, least)
+        return latent * z.shape[1] + row
+    mask = ~(z <= least[:, None])
+    if mask.device.type == "cpu":  # NumPy's is faster
         return torch.from_numpy(mask.view(-1).numpy().nonzero()[0])
     return mask.view(-1).nonzero().squeeze(1)
 
@@ -724,6 +764,8 @@ def nonzero_flat(mask):
 
 def dots(a, b, i, j):
     """[m]: the products a[i_e] · b[j_e] of rows of a and b, for ascending i."""
+    if has_kernels(a):
+        return launch_dots(a, b, i, j)
     with warnings.catch_warnings(action="ignore"):  # sparse CSR tensors are in beta
         wanted = torch.sparse_csr_tensor(group_starts(i, len(a)), j, a.new_zeros(len(i)), (len(a), len(b)),
                                          check_invariants=False)
@@ -737,22 +779,25 @@ def group_starts(groups, n: int):
 
 def sum_rows(rows, which, weights, starts):
     """[G, D]: in row g the sum of weights_i · rows[which_i] over the group starts[g] ≤ i < starts[g + 1]."""
+    if has_kernels(rows):
+        return launch_sums(rows, which, weights, starts)
     return functional.embedding_bag(which, rows, starts, mode="sum", per_sample_weights=weights,
                                     include_last_offset=True)
 
 # Operation 4: update rows
 
-def update_latents_(trainer, entries, centred, g, d_b_enc, d_aux):
+def update_latents_(trainer, entries, starts, fired, centred, g, d_b_enc, d_aux):
     """Trainer.update_ of W_enc, W_dec and b_enc for the latents that got a gradient.
 
     The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec). They are
     computed for a block of latents at a time and used at once, while they and the rows are in the cache.
-    Args: entries, (latent, row, value, d_value); d_b_enc [F]; d_aux, what L_aux adds for the dead latents.
+    Args: entries, (latent, row, value, d_value); starts, group_starts of latent; fired [F]; d_b_enc [F];
+        d_aux, what L_aux adds for the dead latents.
     """
-    latent, row, value, d_value = entries
-    learning = torch.zeros_like(d_b_enc, dtype=torch.bool)
-    learning[latent[value > 0]] = True
-    learning[d_aux.dead] = True
+    if has_kernels(g) and g.shape[1] <= WIDEST:
+        return launch_update_(trainer, entries, starts, centred, g, d_b_enc, d_aux)
+    _, row, value, d_value = entries
+    learning = fired.index_fill(0, d_aux.dead[d_aux.W_dec.any(1)], True)
     size = UPDATE_ENTRIES[g.device.type] // g.shape[1] + 1
     for first in range(0, len(learning), size):
         part = slice(first, min(first + size, len(learning)))
@@ -760,9 +805,9 @@ def update_latents_(trainer, entries, centred, g, d_b_enc, d_aux):
         most = 2 * len(rows) > part.stop - first
         if most:  # then it is faster to step all of the block
             rows = torch.arange(first, part.stop, device=g.device)
-        starts = torch.searchsorted(latent, torch.cat([rows, rows.new_tensor([part.stop])]))
-        mine = slice(int(starts[0]), int(starts[-1]))
-        starts = starts - mine.start
+        bounds = starts[torch.cat([rows, rows.new_tensor([part.stop])])]
+        mine = slice(int(bounds[0]), int(bounds[-1]))
+        bounds = bounds - mine.start
 
         def update_(name, d):
             if most:
@@ -772,10 +817,10 @@ def update_latents_(trainer, entries, centred, g, d_b_enc, d_aux):
 
         dead = torch.isin(d_aux.dead, rows)
         places = torch.searchsorted(rows, d_aux.dead[dead])
-        d_W_dec = sum_rows(g, row[mine], value[mine], starts)
+        d_W_dec = sum_rows(g, row[mine], value[mine], bounds)
         update_("W_dec", d_W_dec.index_add_(0, places, d_aux.W_dec[dead]))
         del d_W_dec
-        d_W_enc = sum_rows(centred, row[mine], d_value[mine], starts)
+        d_W_enc = sum_rows(centred, row[mine], d_value[mine], bounds)
         update_("W_enc", d_W_enc.index_add_(0, places, d_aux.W_enc[dead]))
         update_("b_enc", d_b_enc[rows])
 
@@ -788,37 +833,48 @@ def update_block_(trainer, name, g, part, resting):
     for rows, old in zip(block, before):
         rows.index_copy_(0, resting, old)
 
+def update_vector_(trainer, name, g):
+    """Trainer.update_ of all of a vector."""
+    state = [getattr(trainer.sae, name).data, *trainer.adam[name]]
+    if has_kernels(g):
+        launch(vector_kernel, (len(g),), *state, g, *trainer.adam_rates(name), *log_betas(trainer.cfg))
+    else:
+        trainer.adam_(name, g, *state)
+
 # The auxiliary loss, dense over the dead latents
 
 class AuxGradient(NamedTuple):
-    """α · L_aux's gradient, for the latents that have one."""
+    """α · L_aux's gradient, for the dead latents; that of W_dec is 0 where a latent got none.
+
+    L_aux has b_dec in Z alone, so its gradient follows from that of b_enc.
+    """
     dead: Tensor  # [m], ascending
     W_enc: Tensor  # [m, D]
     b_enc: Tensor  # [m]
     W_dec: Tensor  # [m, D]
-    b_dec: Tensor  # [D]
 
-def auxiliary_gradient(sae, x, residual) -> tuple[Tensor, AuxGradient]:
-    """auxiliary_loss and its gradient. Each process takes its share of k_aux from its own dead latents."""
-    cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
-    weights = [t.detach()[dead].requires_grad_() for t in (sae.W_enc, sae.b_enc, sae.W_dec)]
-    weights.append(sae.b_dec.detach().requires_grad_())
-    W_enc, b_enc, W_dec, b_dec = weights
-    n_dead = processes.total(len(dead))
+def auxiliary_gradient(sae, centred, residual, dead, n_dead: int) -> tuple[Tensor, AuxGradient]:
+    """auxiliary_loss and its gradient, for dead [m] of this process and n_dead of all.
+
+    Each process takes its share of k_aux from its own dead latents.
+    """
+    cfg, none = sae.config, sae.W_enc[:0]
     if not n_dead or not cfg.aux_k:
-        nothing = [torch.zeros_like(t[:0]) for t in weights[:3]]
-        return x.new_zeros(()), AuxGradient(dead[:0], *nothing, torch.zeros_like(b_dec))
-    n_rows = max(1, int(AUX_SHARE * len(x) * cfg.n_latents / n_dead))
-    k = min(math.ceil(cfg.aux_k / processes.size), len(dead))
-    with torch.enable_grad():  # as in auxiliary_loss
-        z = functional.linear(x[:n_rows] - b_dec, W_enc, b_enc)
-        values, place = z.topk(k, dim=1, sorted=False)
-        e_hat = processes.sum_(torch.zeros_like(z).scatter(1, place, values) @ W_dec)
-        aux = (residual[:n_rows] - e_hat).square().sum(1).mean()
-        d_W_enc, d_b_enc, d_W_dec, d_b_dec = torch.autograd.grad(cfg.aux_coef * aux, weights)
-    some = d_W_dec.any(1)
-    return aux.detach(), AuxGradient(dead[some], d_W_enc[some], d_b_enc[some], d_W_dec[some],
-                                     processes.sum_(d_b_dec))
+        return residual.new_zeros(()), AuxGradient(dead[:0], none, none[:, 0], none)
+    W_enc, W_dec, b_enc = sae.W_enc[dead], sae.W_dec[dead], sae.b_enc[dead]
+    n_rows = max(1, int(AUX_SHARE * len(centred) * cfg.n_latents / n_dead))
+    k, centred, kept = min(math.ceil(cfg.aux_k / processes.size), len(dead)), centred[:n_rows], None
+    f = torch.addmm(b_enc, centred, W_enc.T)
+    if k < len(dead):
+        kept = torch.zeros_like(f).scatter_(1, f.topk(k, dim=1, sorted=False).indices, 1.0)
+        f.mul_(kept)
+    residual = residual[:n_rows] - processes.sum_(f @ W_dec)
+    aux = residual.square().sum(1).mean()
+    g = residual.mul_(-2 * cfg.aux_coef / len(centred))  # α · ∂L_aux/∂ê
+    d_z = g @ W_dec.T
+    if kept is not None:
+        d_z.mul_(kept)
+    return aux, AuxGradient(dead, d_z.T @ centred, d_z.sum(0), f.T @ g)
 
 def choose_dtype(name, device):
     """What one of DTYPES stands for; "auto" for bfloat16 if the hardware multiplies it.
@@ -832,7 +888,263 @@ def choose_dtype(name, device):
         auto = flags.get("avx512_bf16") or flags.get("amx_bf16")
     return torch.bfloat16 if name == "bfloat16" or name == "auto" and auto else torch.float32
 
-# ---- 8. TopK and JumpReLU ------------------------------------
+# ---- 8. The four operations as kernels for GPUs --------------
+
+# A step of PyTorch's operators launches hundreds of kernels and waits for the device whenever a tensor's size
+# depends on what was found. These Triton kernels need neither: sizes are fixed, and how many entries there
+# are stays on the GPU. There are no atomic additions, so that the order of entries and sums is always the
+# same. Beside each stands the operator that it replaces. TRITON_INTERPRET=1 runs them on a CPU, for tests.
+
+try:
+    import triton
+    import triton.language as tl
+    kernel = triton.jit
+except Exception:  # not installed, or not working: the operators do it
+    triton, kernel = None, lambda function: function
+
+CANDIDATES = 4  # the search holds at most this multiple of the entries that are kept
+KERNEL_ENTRIES = 1 << 28  # pre-activations held at a time by nominate
+WIDEST = 4096  # the widest rows that one program of the update holds
+RUN = 64  # entries that are summed ahead if all are one latent's, so that none keeps a program busy for long
+
+def has_kernels(t: Tensor) -> bool:
+    """Whether operations on this tensor run as kernels."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (t.is_cuda or interpreted) and kernels_run(t.device)
+
+@functools.cache
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton works on a device: tried once. It needs a C compiler, and there are GPUs that it lacks."""
+    try:
+        one, starts = torch.ones(1, 1, device=device), torch.arange(2, device=device)
+        return bool(launch_sums(one, starts[:1], one[0], starts) == 1)
+    except Exception as error:
+        why = "it is not installed" if triton is None else f"{error!r}".splitlines()[0]
+        warnings.warn(f"Triton does not work on {device} ({why}): steps take several times as long")
+        return False
+
+def launch(kernel, grid, out, *arguments, **options):
+    """Run a kernel with a program for each place of the grid, on the device of the tensor `out`."""
+    with torch.cuda.device_of(out):
+        kernel[grid](out, *arguments, **options)
+    return out
+
+# Operation 1: find entries
+
+@kernel
+def is_above(z, least, l, r, B):
+    """Whether z[l, r] exceeds least[l] or is NaN."""
+    return (r < B) & ~(tl.load(z + l * B + r, mask=r < B, other=0.0).to(tl.float32) <= tl.load(least + l))
+
+@kernel
+def count_kernel(counts, z, least, B, BLOCK: tl.constexpr):
+    """counts = (~(z <= least[:, None])).sum(1)"""
+    l = tl.program_id(0).to(tl.int64)
+    n = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, B, BLOCK):
+        n += is_above(z, least, l, start + tl.arange(0, BLOCK), B).to(tl.int32)
+    tl.store(counts + l, tl.sum(n))
+
+@kernel
+def collect_kernel(latent, row, z, least, ends, n_before, l_first, B, capacity, BLOCK: tl.constexpr):
+    """latent, row = (~(z <= least[:, None])).nonzero().T, written from place n_before on, up to a capacity."""
+    l = tl.program_id(0).to(tl.int64)
+    start = tl.load(ends + l - 1, mask=l > 0, other=0)
+    place = tl.load(n_before) + start
+    if start < tl.load(ends + l):
+        for first in range(0, B, BLOCK):
+            r = first + tl.arange(0, BLOCK)
+            above = is_above(z, least, l, r, B)
+            number = above.to(tl.int32)
+            at = place + tl.cumsum(number, 0) - 1
+            ok = above & (at < capacity)
+            tl.store(latent + at, l_first + l + tl.zeros([BLOCK], tl.int64), mask=ok)
+            tl.store(row + at, r.to(tl.int64), mask=ok)
+            place += tl.sum(number)
+
+def collect(z, least, entries=None, n_before=None, first=0):
+    """Latent and row [2, m] int64 of the entries of z [r, B] that exceed least [r], in order.
+
+    Without `entries` the host waits for m. Else they are written into entries [2, capacity] from place
+    n_before [1] on, as far as they fit, for latents from `first` on; returns [1], how many there are by now.
+    """
+    n_latents, n_rows = z.shape
+    counts = torch.empty(n_latents, dtype=torch.int32, device=z.device)
+    least = least.contiguous()
+    ends = launch(count_kernel, (n_latents,), counts, z, least, n_rows, BLOCK=2048).cumsum(0)  # int64
+    wait = entries is None
+    if wait:
+        entries = torch.empty(2, int(ends[-1]), dtype=torch.int64, device=z.device)
+        n_before = torch.zeros_like(ends[:1])
+    launch(collect_kernel, (n_latents,), entries[0], entries[1], z, least, ends, n_before, first, n_rows,
+           entries.shape[1], BLOCK=1024)
+    return entries if wait else n_before + ends[-1:]
+
+def nominate(sae, centred, hint, n, dtype):
+    """largest_entries without a wait. If it finds too few or too many, some values or all become 0."""
+    capacity, size = CANDIDATES * n, max(1, KERNEL_ENTRIES // len(centred))
+    columns, least = centred.to(dtype).T, product_threshold(hint, sae.b_enc.float(), dtype)
+    entries = torch.zeros(2, capacity, dtype=torch.int64, device=centred.device)
+    found = torch.zeros(1, dtype=torch.int64, device=centred.device)
+    for first in range(0, len(least), size):
+        z = torch.mm(sae.W_enc[first : first + size].to(dtype), columns)
+        found = collect(z, least[first:], entries, found, first)
+    value = launch_dots(sae.W_enc, centred, *entries, found).add_(sae.b_enc[entries[0]]).relu_()
+    best = value.topk(n, sorted=False).indices.sort().values
+    value = value[best]
+    return *entries[:, best], value * ((value > hint) & (found <= capacity))
+
+# Operation 2: dot products at entries
+
+@kernel
+def dots_kernel(out, a, b, i, j, n, n_found, D, E: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr):
+    """out = (a[i] * b[j]).sum(1), of the first n_found entries; E of them in a program."""
+    e = tl.program_id(0) * E + tl.arange(0, E)
+    ok = e < n
+    if not ALL:
+        ok = ok & (e < tl.load(n_found))
+    if tl.sum(ok.to(tl.int32)) > 0:
+        at_a = tl.load(i + e, mask=ok, other=0)[:, None] * D
+        at_b = tl.load(j + e, mask=ok, other=0)[:, None] * D
+        total = tl.zeros([E], tl.float32)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)[None, :]
+            inside = ok[:, None] & (d < D)
+            left = tl.load(a + at_a + d, mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(left * tl.load(b + at_b + d, mask=inside, other=0.0).to(tl.float32), 1)
+        tl.store(out + e, total, mask=ok)
+
+def launch_dots(a, b, i, j, n_found=None):
+    """dots; with n_found [1] of the first n_found entries, -∞ for the others."""
+    out = torch.full((len(i),), -math.inf, device=a.device)
+    grid = (triton.cdiv(len(i), 8),)
+    return launch(dots_kernel, grid, out, a, b, i, j, len(i), n_found, a.shape[1], E=8, BLOCK=128,
+                  ALL=n_found is None, num_warps=2)
+
+# Operation 3: sums over groups
+
+@kernel
+def sums_kernel(out, rows, which, weights, starts, D, E: tl.constexpr, BLOCK: tl.constexpr):
+    """out[g] = (weights[s:t, None] * rows[which[s:t]]).sum(0) with s, t = starts[g], starts[g + 1]"""
+    g, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(starts + g + 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(tl.load(starts + g), end, E):
+        e = first + tl.arange(0, E)
+        at = tl.load(which + e, mask=e < end, other=0)[:, None] * D + d[None, :]
+        row = tl.load(rows + at, mask=(e < end)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(tl.load(weights + e, mask=e < end, other=0.0)[:, None] * row, 0)
+    tl.store(out + g * D + d, total, mask=d < D)
+
+def launch_sums(rows, which, weights, starts):
+    """sum_rows, in float32."""
+    n_groups, D = len(starts) - 1, rows.shape[1]
+    out, block = torch.empty(n_groups, D, device=rows.device), min(1024, triton.next_power_of_2(D))
+    return launch(sums_kernel, (n_groups, triton.cdiv(D, block)), out, rows, which, weights, starts, D,
+                  E=max(1, 128 // block), BLOCK=block)
+
+# Operation 4: update rows
+
+@kernel
+def two_sums(g, c, row, value, d_value, first, end, D, E: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients of a row of W_dec and of W_enc from the entries first ≤ e < end of its latent."""
+    d = tl.arange(0, BLOCK)[None, :]
+    d_dec, d_enc = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(first, end, E):
+        e = start + tl.arange(0, E)
+        ok = (e < end)[:, None] & (d < D)
+        at = tl.load(row + e, mask=e < end, other=0)[:, None] * D + d
+        f, d_f = tl.load(value + e, mask=e < end, other=0.0), tl.load(d_value + e, mask=e < end, other=0.0)
+        d_dec += tl.sum(f[:, None] * tl.load(g + at, mask=ok, other=0.0), 0)
+        d_enc += tl.sum(d_f[:, None] * tl.load(c + at, mask=ok, other=0.0), 0)
+    return d_dec, d_enc
+
+@kernel
+def runs_kernel(runs, latent, row, value, d_value, g, c, D, RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """two_sums of each RUN entries in runs [m // RUN, 2, D], if they all are one latent's."""
+    first, d = tl.program_id(0).to(tl.int64) * RUN, tl.arange(0, BLOCK)
+    if tl.load(latent + first) == tl.load(latent + first + RUN - 1):
+        d_dec, d_enc = two_sums(g, c, row, value, d_value, first, first + RUN, D, E, BLOCK)
+        at = first // RUN * 2 * D + d
+        tl.store(runs + at, d_dec, mask=d < D)
+        tl.store(runs + at + D, d_enc, mask=d < D)
+
+@kernel
+def adam_at(W, mean, square, count, at, i, ok, g, lr, epsilon, log_beta1, log_beta2, UNIT: tl.constexpr):
+    """Trainer.adam_ of W[at], with its gradients counted in count[i]; of a row that keeps norm 1 if UNIT."""
+    w = tl.load(W + at, mask=ok, other=0.0)
+    m, s = tl.load(mean + at, mask=ok, other=0.0), tl.load(square + at, mask=ok, other=0.0)
+    if UNIT:
+        g -= tl.sum(g * w) * w
+    n = tl.load(count + i) + 1
+    m += (g - m) * ((1 - tl.exp(log_beta1)) / (1 - tl.exp(n * log_beta1)))
+    s += (g * g - s) * ((1 - tl.exp(log_beta2)) / (1 - tl.exp(n * log_beta2)))
+    w -= lr * m / (tl.sqrt(s) + epsilon)
+    if UNIT:
+        w /= tl.sqrt(tl.sum(w * w))
+    tl.store(W + at, w, mask=ok)
+    tl.store(mean + at, m, mask=ok)
+    tl.store(square + at, s, mask=ok)
+    tl.store(count + i, n)
+
+@kernel
+def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, square_dec, count_dec,
+                  b_enc, mean_b, square_b, count_b, row, value, d_value, starts, runs, g, c, d_b_enc,
+                  aux_place, aux_enc, aux_dec, lr, lr_dec, lr_b, epsilon, epsilon_b, log_beta1, log_beta2, D,
+                  AUX: tl.constexpr, RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+    """The whole update of latent l: it has the entries starts[l] ≤ e < starts[l + 1]."""
+    l, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    first, end = tl.load(starts + l), tl.load(starts + l + 1)
+    run, last_run = (first + RUN - 1) // RUN, end // RUN  # the whole runs in between were summed before
+    stop = tl.minimum(run * RUN, end)
+    d_dec, d_enc = two_sums(g, c, row, value, d_value, first, stop, D, E, BLOCK)
+    for i in range(run, last_run):
+        d_dec += tl.load(runs + 2 * i * D + d, mask=d < D, other=0.0)
+        d_enc += tl.load(runs + (2 * i + 1) * D + d, mask=d < D, other=0.0)
+    more_dec, more_enc = two_sums(g, c, row, value, d_value, tl.maximum(last_run * RUN, stop), end, D, E, BLOCK)
+    d_dec, d_enc = d_dec + more_dec, d_enc + more_enc
+    if AUX:
+        place = tl.load(aux_place + l)
+        ok = d < tl.where(place >= 0, D, 0)
+        d_dec += tl.load(aux_dec + place * D + d, mask=ok, other=0.0)
+        d_enc += tl.load(aux_enc + place * D + d, mask=ok, other=0.0)
+    if tl.sum((d_dec != 0).to(tl.int32)) > 0:  # others got no gradient
+        i = l + tl.arange(0, 1)
+        adam_at(W_enc, mean_enc, square_enc, count_enc, l * D + d, i, d < D, d_enc, lr, epsilon,
+                log_beta1, log_beta2, False)
+        adam_at(W_dec, mean_dec, square_dec, count_dec, l * D + d, i, d < D, d_dec, lr_dec, epsilon,
+                log_beta1, log_beta2, True)
+        adam_at(b_enc, mean_b, square_b, count_b, i, i, i >= 0, tl.load(d_b_enc + i), lr_b, epsilon_b,
+                log_beta1, log_beta2, False)
+
+@kernel
+def vector_kernel(W, mean, square, count, g, lr, epsilon, log_beta1, log_beta2):
+    """Trainer.adam_ of one entry of a vector."""
+    i = tl.program_id(0) + tl.arange(0, 1)
+    adam_at(W, mean, square, count, i, i, i >= 0, tl.load(g + i), lr, epsilon, log_beta1, log_beta2, False)
+
+def log_betas(cfg):
+    return [math.log(beta) if beta else -math.inf for beta in (cfg.beta1, cfg.beta2)]
+
+def launch_update_(trainer, entries, starts, centred, g, d_b_enc, d_aux):
+    """update_latents_, all of a latent in one visit of its rows."""
+    (latent, row, value, d_value), sae, D = entries, trainer.sae, g.shape[1]
+    block = triton.next_power_of_2(D)
+    shape = dict(RUN=RUN, E=2, BLOCK=block, num_warps=8 if block > 1024 else 4)
+    runs = torch.empty(len(latent) // RUN, 2, D, device=g.device)
+    if len(runs):
+        launch(runs_kernel, (len(runs),), runs, latent, row, value, d_value, g, centred, D, **shape)
+    place, n_dead = starts, len(d_aux.dead)
+    if n_dead:
+        place = torch.full_like(d_b_enc, -1, dtype=torch.int64)
+        place[d_aux.dead] = torch.arange(n_dead, device=g.device)
+    state = [t for name in ("W_enc", "W_dec", "b_enc") for t in (getattr(sae, name).data, *trainer.adam[name])]
+    (lr, epsilon), (lr_dec, _), (lr_b, epsilon_b) = map(trainer.adam_rates, ("W_enc", "W_dec", "b_enc"))
+    launch(update_kernel, (len(starts) - 1,), *state, row, value, d_value, starts, runs, g, centred, d_b_enc,
+           place, d_aux.W_enc, d_aux.W_dec, lr, lr_dec, lr_b, epsilon, epsilon_b, *log_betas(trainer.cfg), D,
+           AUX=n_dead > 0, **shape)
+
+# ---- 9. TopK and JumpReLU ------------------------------------
 
 # Two rivals of BatchTopK, and tokens that are standardised as in the authors' code.
 
@@ -913,18 +1225,19 @@ def jumprelu_entries(sae, centred, hint, dtype):
     coef, width = sae.penalty.tolist()
     if not coef:
         entries = find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
-        return StepEntries(*entries, 0.0, lambda d_f: {"log_threshold": torch.zeros_like(sae.log_threshold)})
+        return StepEntries(*entries, own_gradients=lambda g: {"log_threshold": torch.zeros_like(sae.log_threshold)})
     lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
     latent, row, z = find_entries(sae, centred, lowest, None, dtype)
-    with torch.enable_grad():
-        f, n_active = jumprelu(z, sae.get_theta()[latent], width)
 
-    def own_gradients(d_f):
-        slopes = d_f, n_active.new_tensor(coef / len(centred))
+    def own_gradients(g):
+        with torch.enable_grad():
+            f, n_active = jumprelu(z, sae.get_theta()[latent], width)
+        slopes = dots(sae.W_dec, g, latent, row), torch.full_like(n_active, coef / len(centred))
         [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
         return {"log_threshold": d}
 
-    return StepEntries(latent, row, f.detach(), coef, own_gradients)
+    active = ~(z <= sae.get_theta()[latent])
+    return StepEntries(latent[active], row[active], z[active], False, coef, own_gradients)
 
 @learn_thresholds_.register(JumpReLUSAE)
 def adapt_penalty_(sae, trainer, stats):
@@ -989,7 +1302,7 @@ class TokenJumpReLUSAE(StandardizedTokens, JumpReLUSAE):
 
 SAES_ON_STANDARDIZED = {"batchtopk": TokenSAE, "topk": TokenTopKSAE, "jumprelu": TokenJumpReLUSAE}
 
-# ---- 9. Activations of a language model ----------------------
+# ---- 10. Activations of a language model ---------------------
 
 TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  # the embedded default model
 
@@ -1381,7 +1694,7 @@ def outliers(x: Tensor, max_norm: float) -> LeftOut:
                       "these; a lower max_norm leaves them out")
     return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
 
-# ---- 10. Evaluation ------------------------------------------
+# ---- 11. Evaluation ------------------------------------------
 
 @torch.no_grad()
 def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = None,
@@ -1493,7 +1806,7 @@ def edited_losses(lm, ids, where, edits):
         found.append(torch.stack([loss.double().sum(), kl.double().sum()]))
     return torch.stack(found).cpu()
 
-# ---- 11. Export, saving, loading -----------------------------
+# ---- 12. Export, saving, loading -----------------------------
 
 class ExportedSAE(nn.Module):
     """The inference form of an SAE for TorchScript, f = z · 1[z > θ]: nothing here depends on the batch.
@@ -1559,8 +1872,9 @@ class ExportedSAE(nn.Module):
         rows = indices[0]
         assert bool((rows[1:] >= rows[:-1]).all()), "the rows in indices[0] do not ascend"
         assert rows.numel() == 0 or 0 <= int(rows[0]) and int(rows[-1]) < n_rows, "a row is not below n_rows"
-        starts = group_starts(indices[0], n_rows)
-        return (sum_rows(self.W_dec, indices[1], values.to(self.W_dec.dtype), starts) + self.b_dec).float()
+        x_hat = functional.embedding_bag(indices[1], self.W_dec, group_starts(rows, n_rows), mode="sum",
+                                         per_sample_weights=values.to(self.W_dec.dtype), include_last_offset=True)
+        return (x_hat + self.b_dec).float()
 
     @torch.jit.export
     def reconstruct(self, x):
@@ -1786,7 +2100,7 @@ def load_config(folder: Path) -> tuple[Config, str]:
     except Exception as error:
         raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
-# ---- 12. Several processes: torchrun -------------------------
+# ---- 13. Several processes: torchrun -------------------------
 
 # Every process trains its share of the latents on all tokens of the batch. Weights, gradients and moments are
 # never sent, only activations, the largest values and reconstructions. In the auxiliary loss each process
@@ -1835,12 +2149,14 @@ class Processes:
 
     def gather(self, t: Tensor) -> Tensor:
         """[size, …]: the tensors of all processes, of one shape."""
+        if self.size == 1:
+            return t[None]
         places = t.new_zeros(self.size, *t.shape)
         places[self.rank] = t
         return self.sum_(places)
 
     def total(self, number) -> float:
-        return float(self.sum_(torch.tensor(number, dtype=torch.float64)))
+        return float(number) if self.size == 1 else float(self.sum_(torch.tensor(number, dtype=torch.float64)))
 
     def least(self, values: Tensor) -> float:
         least = float(values.min()) if len(values) else math.inf

@@ -595,10 +595,21 @@ def test_bfloat16_misses_no_entry_however_large_the_biases_are():
 
 def test_the_first_search_holds_few_entries(monkeypatch):
     """Without a hint half of all entries are positive; the threshold rises before the chunks grow."""
-    sae, x, found, nonzero = random_sae(config(n_latents=4096)), randn(64, 12, seed=1), [], bt.nonzero_flat
-    monkeypatch.setattr(bt, "nonzero_flat", lambda mask: (found.append(nonzero(mask)), found[-1])[1])
+    sae, x, found, above = random_sae(config(n_latents=4096)), randn(64, 12, seed=1), [], bt.flat_above
+    monkeypatch.setattr(bt, "flat_above", lambda *of: (found.append(above(*of)), found[-1])[1])
     _, _, value = bt.find_entries(sae, x, 0.0, 192)
     assert len(value) == 192 and max(map(len, found)) < 4 * 192 and sum(map(len, found)) < 20 * 192
+
+def test_a_gpus_search_is_seldom_repeated(planted):
+    """Only if fewer than n entries or more than it can hold exceed its hint: after the first few steps never."""
+    trainer, repeated = bt.Trainer(config(d_model=48, n_latents=128, k=4, batch_size=2048, tokens=80 * 2048)), []
+    for i in range(80):
+        x, hint = planted.batch(2048, i), bt.HINT * trainer.last_threshold
+        above = int((trainer.sae.pre_activations(x) > hint).sum())
+        if not 4 * 2048 <= above <= bt.CANDIDATES * 4 * 2048:
+            repeated.append(i)
+        trainer.step(x)
+    assert repeated[:1] == [0] and len(repeated) <= 4, repeated
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("selection", ["batch", "theta"])

@@ -1,0 +1,310 @@
+"""The kernels for GPUs, interpreted on a CPU: each against its operators and a float64 oracle, and the step.
+
+    pip install --no-deps triton==3.9.0 && TRITON_INTERPRET=1 pytest tests/test_kernels.py
+
+Triton reads the variable when it is imported, so this is a process of its own. Without it all are skipped.
+"""
+
+import collections
+import contextlib
+import copy
+import math
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import batchtopk as bt
+import test_method
+from conftest import Planted, same_tensors
+from test_method import ACTIVATIONS, CASES, config, randn, random_sae
+
+pytestmark = [pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+              pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")]  # of NumPy, for NaN
+
+@contextlib.contextmanager
+def operators():
+    """PyTorch's operators instead of the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bt, "kernels_run", lambda device: False)
+        yield
+
+def entries(n_latents, n_rows, share, seed=0):
+    """Latent and row of a random share of all entries, in order, and normal numbers for them."""
+    chosen = torch.rand(n_latents, n_rows, generator=torch.Generator().manual_seed(seed)) < share
+    latent, row = chosen.nonzero().T.contiguous()
+    return latent, row, randn(len(latent), seed=seed + 1)
+
+@pytest.fixture(autouse=True)
+def used():
+    """Else this file would compare the operators with themselves."""
+    assert bt.has_kernels(torch.ones(1))
+
+# Operation 1
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_latents, n_rows", [(1, 1), (1, 70), (13, 1), (7, 1029), (5, 2051)])
+@pytest.mark.parametrize("threshold", [0.3, -math.inf, math.inf, "each latent's own"])
+def test_collect_is_nonzero(n_latents, n_rows, dtype, threshold):
+    z = randn(n_latents, n_rows).to(dtype)
+    z.view(-1)[:: max(3, z.numel() // 5)] = math.nan
+    z.view(-1)[1::97], z.view(-1)[2::97] = math.inf, -math.inf
+    least = randn(n_latents, seed=1) if isinstance(threshold, str) else torch.full((n_latents,), threshold)
+    expected = (~(z.double() <= least[:, None])).nonzero().T
+    assert torch.equal(bt.collect(z, least), expected)
+    with operators():
+        flat = bt.flat_above(z, least)
+    assert torch.equal(bt.flat_above(z, least), flat) and torch.equal(flat, expected[0] * n_rows + expected[1])
+
+def test_collect_continues_where_it_stopped_and_stops_where_there_is_no_room():
+    z, found = randn(9, 33), torch.zeros(1, dtype=torch.int64)
+    expected = (z > 0.5).nonzero().T
+    for capacity in (10**3, len(expected[0]), 17, 1):
+        place, found = torch.full((2, capacity + 5), -7), torch.zeros(1, dtype=torch.int64)
+        for first in range(0, 9, 4):
+            part = z[first : first + 4]
+            found = bt.collect(part, torch.full((9,), 0.5)[: len(part)], place[:, :capacity], found, first)
+        kept = min(capacity, len(expected[0]))
+        assert found.item() == len(expected[0]), "all are counted, also those without a place"
+        assert torch.equal(place[:, :kept], expected[:, :kept]) and (place[:, kept:] == -7).all()
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nominate_is_the_exact_search_or_says_that_it_failed(dtype, monkeypatch):
+    monkeypatch.setattr(bt, "KERNEL_ENTRIES", 64)  # several chunks
+    failed = 0
+    for seed, n_rows, n in ((0, 16, 24), (1, 13, 5), (2, 1, 3)):
+        sae = random_sae(config(n_latents=23), seed)
+        centred = (randn(n_rows, 12, seed=seed + 100) - sae.b_dec).detach()
+        with operators():
+            exact = bt.find_entries(sae, centred, 0.0, n)
+        for factor in (0.2, 0.9, 0.9999, 1.0, 1.5, 1e6):
+            latent, row, value = bt.nominate(sae, centred, factor * float(exact[2].min()), n, dtype)
+            if value.min() > 0:
+                assert factor < 1 and torch.equal(latent, exact[0]) and torch.equal(row, exact[1])
+                torch.testing.assert_close(value, exact[2], atol=1e-5, rtol=1e-5)
+            else:
+                assert factor >= 1 or factor == 0.2, "just below the threshold it must succeed"
+                failed += factor == 0.2
+    assert failed, "one of the cases should have found more than it can hold"
+
+def test_of_equal_entries_as_many_are_kept_as_fit():
+    sae, x = random_sae(config(n_latents=8)), randn(1, 12, seed=3).expand(5, 12).contiguous()
+    with torch.no_grad():
+        sae.W_enc.copy_(x[:1].expand(8, 12))
+    latent, row, value = bt.nominate(sae, x, 0.01, 11, torch.float32)
+    assert len({*zip(latent.tolist(), row.tolist())}) == 11 and value.min() > 0
+
+# Operations 2 and 3
+
+@pytest.mark.parametrize("d_model", [1, 12, 129, 2304])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_dots_are_those_of_the_operator_and_of_float64(d_model, share):
+    a, b, (i, j, _) = randn(7, d_model), randn(5, d_model, seed=1), entries(7, 5, share)
+    exact = (a.double()[i] * b.double()[j]).sum(1)
+    with operators():
+        operator = bt.dots(a, b, i, j)
+    found = bt.dots(a, b, i, j)
+    for other in (exact.float(), operator):
+        torch.testing.assert_close(found, other, atol=1e-5 * d_model**0.5, rtol=1e-5)
+    few = bt.launch_dots(a.bfloat16(), b, i, j, torch.tensor([len(i) // 2]))
+    half = (a.bfloat16().double()[i] * b.double()[j]).sum(1).float()
+    torch.testing.assert_close(few[: len(i) // 2], half[: len(i) // 2], atol=1e-5 * d_model**0.5, rtol=1e-5)
+    assert (few[len(i) // 2 :] == -math.inf).all(), "what was not found is never among the largest"
+
+@pytest.mark.parametrize("d_model", [1, 12, 1100, 2304])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_sums_are_those_of_the_operator_and_of_float64(d_model, share):
+    """With empty groups, and one that has everything."""
+    group, which, weight = entries(6, 11, share)
+    group = group.where(group != 3, 4)
+    rows, starts = randn(11, d_model, seed=2), bt.group_starts(group, 7)
+    exact = torch.zeros(7, d_model, dtype=torch.float64)
+    exact.index_add_(0, group, weight.double()[:, None] * rows.double()[which])
+    found = bt.sum_rows(rows, which, weight, starts)
+    torch.testing.assert_close(found, exact.float(), atol=1e-5, rtol=1e-5)
+    with operators():
+        torch.testing.assert_close(found, bt.sum_rows(rows, which, weight, starts), atol=1e-5, rtol=1e-5)
+
+# Operation 4 and the whole step
+
+def count_calls(monkeypatch, name):
+    """A list that grows with each call of a function of the module."""
+    function, calls = getattr(bt, name), []
+    monkeypatch.setattr(bt, name, lambda *arguments: (calls.append(1), function(*arguments))[1])
+    return calls
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_the_papers(case, activation, monkeypatch):
+    """As in test_method, from a hint just below the threshold, if there is one."""
+    sae = random_sae(config())
+    x = CASES[case](sae, randn(16, 12, seed=1))
+    least = bt.find_entries(sae, (x - sae.b_dec).detach(), 0.0, 3 * len(x))[2].min()
+
+    class Started(bt.Trainer):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.last_threshold = float(least) / bt.HINT * 0.999
+    for name, value in (("Trainer", Started), ("RUN", 4), ("KERNEL_ENTRIES", 16 * 17)):
+        monkeypatch.setattr(bt, name, value)
+    nominated, searched = (count_calls(monkeypatch, name) for name in ("nominate", "largest_entries"))
+    test_method.test_loss_and_gradients_are_the_papers("sparse", case, 40, activation, monkeypatch)
+    if activation == "batchtopk":
+        assert nominated and bool(searched) == (case == "fewer positives than N"), "one attempt is enough"
+
+@pytest.mark.parametrize("changes", [
+    dict(encoder_dtype="bfloat16"), dict(beta1=0.0, k=0.3), dict(n_latents=1, k=1), dict(batch_size=1, k=8),
+    dict(d_model=33, n_latents=37, batch_size=19), dict(normalize="token"), dict(aux_k=0)], ids=str)
+def test_a_step_of_kernels_is_one_of_operators(changes, monkeypatch):
+    """Moments, counts and counters after each of four steps; with dead latents, of which one fires always."""
+    monkeypatch.setattr(bt, "RUN", 4)
+    cfg = config(**dict(d_model=24, batch_size=24, n_latents=30, tokens=10**5, aux_k=4) | changes)
+    theirs, planted = bt.Trainer(cfg), Planted(cfg.d_model, 96)
+    theirs.sae.load_state_dict(random_sae(cfg).state_dict())  # else gradients that are 0 but for rounding
+    theirs.sae.b_enc.data[0] = 3.0
+    nominated, aux = count_calls(monkeypatch, "nominate"), 0
+    for i in range(4):
+        if i == 2:
+            theirs.sae.tokens_since_fired[: 1 + cfg.n_latents // 4] = 10**6
+        ours, x = copy.deepcopy(theirs), planted.batch(cfg.batch_size, i)
+        with operators():
+            a = theirs.step(x)
+        b, aux = ours.step(x), max(aux, a.aux)
+        assert b == pytest.approx(a, rel=1e-4, nan_ok=True)
+        expected, found = bt.trainer_state(theirs), bt.trainer_state(ours)
+        for name in expected:
+            if name.partition(".")[2] == "count" or name == "tokens_since_fired":
+                assert torch.equal(found[name], expected[name]), name
+            elif "." in name:
+                size = float(expected[name].abs().max())
+                torch.testing.assert_close(found[name], expected[name], atol=1e-6 + 1e-5 * size, rtol=1e-4)
+        for name, p in theirs.sae.named_parameters():  # Adam's first step is its gradient's sign
+            off = (p - getattr(ours.sae, name)).abs() > 1e-5
+            assert off.float().mean() < 0.01, f"{name} in step {i}: {int(off.sum())} entries differ"
+    assert len(nominated) == 3 and bool(aux) == bool(cfg.aux_k)
+
+@pytest.mark.parametrize("d_model", [12, 2304])
+def test_a_frequent_latent_is_summed_in_runs(d_model, monkeypatch):
+    """The parts of a group before, in and after its whole runs, wherever it starts."""
+    monkeypatch.setattr(bt, "RUN", 8)
+    launched, launch = collections.Counter(), bt.launch
+    monkeypatch.setattr(bt, "launch", lambda kernel, *arguments, **options: (
+        launched.update([kernel]), launch(kernel, *arguments, **options))[1])
+    for seed, sizes in enumerate([(3, 40, 0, 2), (0, 8, 8, 1), (5, 2, 30, 30), (7, 9, 0, 0), (1, 1, 1, 4)]):
+        cfg = config(n_latents=4, beta1=0.0, d_model=d_model)
+        latent = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
+        row, value, d_value = torch.arange(len(latent)) % 40, randn(len(latent), seed=seed), randn(len(latent))
+        g, centred, states = randn(40, d_model, seed=1), randn(40, d_model, seed=2), []
+        nothing = bt.AuxGradient(latent[:0], g[:0], g[:0, 0], g[:0])
+        for context in (operators, contextlib.nullcontext):
+            trainer = bt.Trainer(cfg)
+            trainer.x_std, trainer.variance = 1.0, 1.0
+            starts = bt.group_starts(latent, 4)
+            with context():
+                bt.update_latents_(trainer, (latent, row, value, d_value), starts, starts[1:] > starts[:-1],
+                                   centred, g, randn(4, seed=3), nothing)
+            states.append(bt.trainer_state(trainer))
+        for name, t in states[0].items():
+            torch.testing.assert_close(states[1][name], t, atol=1e-4, rtol=1e-4, equal_nan=True)
+    assert launched[bt.runs_kernel] >= 4
+
+def test_what_is_not_finite_is_an_error_before_anything_changes():
+    trainer, x = bt.Trainer(config(dead_tokens=32)), randn(16, 12)
+    for i in range(3):
+        trainer.step(randn(16, 12, seed=i))
+    for name, bad in (("x", math.nan), ("x", math.inf), ("W_enc", math.nan), ("b_enc", math.inf), ("W_dec", math.nan)):
+        broken, wrong = copy.deepcopy(trainer), x.clone()
+        (wrong if name == "x" else getattr(broken.sae, name).data).view(-1)[5] = bad
+        before = copy.deepcopy(bt.trainer_state(broken))
+        if name == "W_dec":
+            broken.sae.b_enc.data[0] = 9.0  # it fires
+            before = copy.deepcopy(bt.trainer_state(broken))
+        with pytest.raises(bt.InputError, match="not finite"):
+            broken.step(wrong)
+        assert same_tensors(before, bt.trainer_state(broken)), name
+
+def test_the_same_steps_give_the_same_bits():
+    states = []
+    for _ in range(2):
+        trainer = bt.Trainer(config(dead_tokens=32, encoder_dtype="bfloat16"))
+        for i in range(4):
+            trainer.step(randn(16, 12, seed=i))
+        states.append(bt.trainer_state(trainer))
+    assert same_tensors(*states)
+
+def test_rows_too_wide_for_one_program_take_the_operators(monkeypatch):
+    monkeypatch.setattr(bt, "WIDEST", 8)
+    monkeypatch.setattr(bt, "launch_update_", lambda *_: pytest.fail("12 are wider than 8"))
+    trainer = bt.Trainer(config())
+    for i in range(2):
+        assert trainer.step(randn(16, 12, seed=i)).l0 == 3
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_encoding_calibration_and_evaluation_are_those_of_operators(activation):
+    sae, x = random_sae(config(activation=activation)), randn(40, 12, seed=1)
+    sae.theta.fill_(1.5)
+
+    def results():
+        twin = copy.deepcopy(sae)
+        (row, latent), value = twin.encode_sparse(x)
+        theta, metrics = bt.calibrate(twin, [x]), bt.evaluate(twin, [x])
+        return row, latent, value, theta, metrics["batch"]["fvu"], metrics["theta"]["l0_histogram"]
+    with operators():
+        expected = results()
+    for found, other in zip(results(), expected):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(other), atol=1e-5, rtol=1e-5)
+
+# What a step asks of the host
+
+class Host(TorchDispatchMode):
+    """Counts what a step launches (kernels, and operators that are no views) and how often it waits."""
+    WAITS = "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"
+
+    def __enter__(self):
+        self.launched, self.waited, self.patch = collections.Counter(), [], pytest.MonkeyPatch()
+        launch, inside = bt.launch, []
+
+        def counted_launch(kernel, *arguments, **options):  # the interpreter itself uses operators
+            self.launched[kernel.fn.__name__] += 1
+            inside.append(kernel)
+            with torch.utils._python_dispatch._disable_current_modes():
+                result = launch(kernel, *arguments, **options)
+            inside.pop()
+            return result
+
+        def waiting(name, method):
+            def wait(t, *arguments):
+                self.waited.extend([] if inside else [name])
+                return method(t, *arguments)
+            return wait
+        self.patch.setattr(bt, "launch", counted_launch)
+        for name in self.WAITS:
+            self.patch.setattr(torch.Tensor, name, waiting(name, getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.launched.update([] if is_view else [str(func)])
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize("n_dead, aux_k, most", [(0, 512, 75), (5, 512, 90), (5, 3, 90)])
+def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most):
+    trainer = bt.Trainer(config(n_latents=24, dead_tokens=10**6, aux_k=aux_k, encoder_dtype="bfloat16", batch_size=48))
+    trainer.sae.b_enc.data[:n_dead] = -100.0
+    for i in range(3):
+        trainer.sae.tokens_since_fired[:n_dead] = 10**7 if i == 1 else 10**7 + 48 * i
+        trainer.step(randn(48, 12, seed=i))
+    if n_dead:  # the step before this one must have been left alone
+        trainer.step(randn(48, 12, seed=8))
+    x = randn(48, 12, seed=9)
+    with Host() as host:
+        stats = trainer.step(x)
+    assert stats.dead == n_dead and bool(stats.aux) == bool(n_dead)
+    assert host.waited == ["tolist"]
+    assert host.launched.total() <= most, host.launched.most_common()
+    assert {"count_kernel", "collect_kernel", "dots_kernel", "sums_kernel", "update_kernel"} <= {*host.launched}
