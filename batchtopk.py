@@ -1326,7 +1326,7 @@ class RunConfig(Config):
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
     max_norm: float = option(4, "leave out tokens whose norm is over this multiple of the median; 0: none")
     norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
-    model_batch: int = option(32, "contexts in one forward pass of the model", low=1)
+    model_batch: int = option(0, "contexts in one forward pass of the model; 0: 4096 tokens, 32,768 on a GPU")
     buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
     ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
@@ -1536,10 +1536,18 @@ def column_texts(cfg, kind):
                              f"columns are: {', '.join(row)}")
         yield text
 
+GROUP_CHARACTERS = 1 << 14, 1 << 21  # of text that is tokenised at a time, at first and at most
+
 def tokenise(tokenizer, texts):
-    """The token ids of each text, without special tokens around it."""
-    while group := list(itertools.islice(texts, 16)):
+    """The token ids of each text, without special tokens around it. A tokenizer's threads share a group."""
+    most, limit = GROUP_CHARACTERS
+    while group := list(itertools.islice(texts, 1)):
+        size = len(group[0])
+        while size < most and (text := next(texts, None)) is not None:
+            group.append(text)
+            size += len(text)
         yield from tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+        most = min(2 * most, limit)
 
 def begin_token(tokenizer) -> list[int]:
     """What a model sees before a text: its begin token, else its end token, else nothing."""
@@ -1609,6 +1617,12 @@ def random_order(n, *seeds):
     digest = hashlib.sha256(repr(seeds).encode()).digest()
     return torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))
 
+PASS_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with fewer a GPU waits for launches: GPT-2 is 3 times slower
+
+def pass_contexts(cfg, lm) -> int:
+    """How many contexts the model reads at a time."""
+    return cfg.model_batch or max(1, PASS_TOKENS[lm.device.type] // cfg.context)
+
 def activation_batches(cfg, lm, at=Position()):
     """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it."""
     stream, most = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
@@ -1618,15 +1632,16 @@ def activation_batches(cfg, lm, at=Position()):
         start, n, left = at, 0, cfg.tokens - at.tokens
         wanted = min(most, left)  # no activation is computed that no step will use
         while n < wanted:
-            few = min(cfg.model_batch, math.ceil((wanted - n) / cfg.context))
+            few = min(pass_contexts(cfg, lm), math.ceil((wanted - n) / cfg.context))
             ids, positions = zip(*itertools.islice(stream, few))
             x, _ = lm.kept_activations(torch.stack(ids))
             buffer[n : n + len(x)] = x
             n, at = n + len(x), positions[-1]
         used = left if n >= left else n - n % cfg.batch_size
-        rows = random_order(n, cfg.seed, start.documents, start.contexts)[:used].split(cfg.batch_size)
-        for i in range(start.batches, len(rows)):
-            yield buffer[rows[i].to(lm.device)], start._replace(batches=i + 1)
+        rows = random_order(n, cfg.seed, start.documents, start.contexts)[:used].to(lm.device)
+        for i, some in enumerate(rows.split(cfg.batch_size)):
+            if i >= start.batches:
+                yield buffer[some], start._replace(batches=i + 1)
         at = at._replace(tokens=start.tokens + used)
 
 HELD_OUT_SHARE = 0.02  # of the held-out tokens come from one document, if there are enough documents
@@ -1666,9 +1681,9 @@ def passages(documents, most, wanted):
         start = place.randrange(1 + max(0, len(document) - most))
         yield document[start : start + most]
 
-def shuffled_activations(lm, ids, model_batch):
+def shuffled_activations(cfg, lm, ids):
     """The activations [m, D] that the SAE reads of ids [n, T], in a random order that is always the same."""
-    x = torch.cat([lm.kept_activations(part)[0] for part in ids.split(model_batch)])
+    x = torch.cat([lm.kept_activations(part)[0] for part in ids.split(pass_contexts(cfg, lm))])
     return x[random_order(len(x), 0).to(x.device)]
 
 class LeftOut(NamedTuple):
@@ -1763,7 +1778,7 @@ def splice_losses(saes, lm, contexts, mean, on_context=None):
         x, read = lm.kept_activations(ids)
         n_read += len(x)
         parts, places = ids.split(few), read.split(few)
-        sizes = [int(at.sum()) for at in places]
+        sizes = [int(part.sum()) for part in read.sum(1).cpu().split(few)]
         x_hats = [reconstruct_all(sae, x, form).split(sizes) for sae, form in forms]
         for part, at, *spliced in zip(parts, places, *x_hats):
             spliced = [lambda h, x_hat=x_hat: x_hat for x_hat in spliced]
@@ -1804,7 +1819,7 @@ def edited_losses(lm, ids, where, edits):
         kl = -torch.linalg.vecdot(clean, log_p) - entropy
         loss = functional.nll_loss(log_p, targets, reduction="none")
         found.append(torch.stack([loss.double().sum(), kl.double().sum()]))
-    return torch.stack(found).cpu()
+    return torch.stack(found)
 
 # ---- 12. Export, saving, loading -----------------------------
 

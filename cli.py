@@ -21,7 +21,7 @@ import warnings
 from dataclasses import fields, replace
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean as mean, stdev
 from typing import Annotated, get_type_hints
 
 import torch
@@ -355,7 +355,7 @@ def held_out_activations(cfg: bt.RunConfig) -> torch.Tensor | None:
         if lm.d_model == cfg.d_model:
             contexts = bt.held_out_contexts(cfg, lm.tokenizer)[1]
             few = contexts[:: max(1, len(contexts) // 64)]
-            return bt.shuffled_activations(lm, few, cfg.model_batch)
+            return bt.shuffled_activations(cfg, lm, few)
 
 # ---- Runs: SAEs trained side by side, what they write, how they continue ----
 
@@ -382,16 +382,17 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         check_room(configs, folder)
         calibration_ids, evaluation_ids = bt.held_out_contexts(cfg, lm.tokenizer)
         begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
+        cfg = replace(cfg, model_batch=bt.pass_contexts(bt.RunConfig.load(begun[0]) if begun else cfg, lm))
         lm.norm_limit, lm.left_out = (bt.RunConfig.load(begun[0]) if begun else cfg).norm_limit, None
-        calibration = bt.shuffled_activations(lm, calibration_ids, cfg.model_batch)
+        calibration = bt.shuffled_activations(cfg, lm, calibration_ids)
         if cfg.max_norm and not lm.norm_limit and len(calibration):  # these are the first of a new run
             lm.left_out = bt.outliers(calibration, cfg.max_norm)
             lm.norm_limit = lm.left_out.norm_limit
             calibration = calibration[calibration.norm(dim=1) <= lm.norm_limit]
         prepend_bos = cfg.prepend_bos and bool(bt.begin_token(lm.tokenizer))
-        found = {"norm_limit": lm.norm_limit, "prepend_bos": prepend_bos}
+        found = {"norm_limit": lm.norm_limit, "prepend_bos": prepend_bos, "model_batch": cfg.model_batch}
         configs = {name: replace(own, **found) for name, own in configs.items()}
-        evaluation = bt.shuffled_activations(lm, evaluation_ids, cfg.model_batch)
+        evaluation = bt.shuffled_activations(cfg, lm, evaluation_ids)
         if not len(calibration) or not len(evaluation):
             raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit "
                                 "on norms that leaves out all")
@@ -575,7 +576,7 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None):
     cfg, started = next(iter(saes.values())).config, time.perf_counter()
     if held_out is None:
         ids = bt.held_out_contexts(cfg, lm.tokenizer)[1]
-        held_out = ids, bt.shuffled_activations(lm, ids, cfg.model_batch)
+        held_out = ids, bt.shuffled_activations(cfg, lm, ids)
     ids, x = held_out
     few = ids[:: math.ceil(len(ids) / cfg.ce_contexts)]
     losses = bt.splice_losses(list(saes.values()), lm, few, x.double().mean(0).float(), on_context)
@@ -644,7 +645,7 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
     F, T = len(sae.b_enc), contexts.shape[1]
     if wrong := [j for j in latents or () if not 0 <= j < F]:
         raise bt.InputError(f"latent {wrong[0]} does not exist; give numbers from 0 to {F - 1}")
-    x, read = map(torch.cat, zip(*map(lm.kept_activations, contexts.split(sae.config.model_batch))))
+    x, read = map(torch.cat, zip(*map(lm.kept_activations, contexts.split(bt.pass_contexts(sae.config, lm)))))
     (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device), "theta"))
     position = read.flatten().nonzero()[:, 0].cpu()[row]
     fired = latent.bincount(minlength=F)
@@ -795,7 +796,7 @@ def comparison_results(configs, folder):
     check_shared(configs)
     begun = {path.parent.name: bt.RunConfig.load(path.parent) for path in folder.glob("*/config.json")}
     for name, cfg in begun.items():
-        asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos")  # by the run, as it began
+        asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos", "model_batch")  # as it began
         if asked is None or replace(cfg, **{field: getattr(asked, field) for field in found}) != asked:
             raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
     results = train_with_bar(configs, folder, "the same command", bool(begun))

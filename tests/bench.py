@@ -1,6 +1,7 @@
 """How fast a training step is on this machine, and why: beside the encoder product alone and the plain step.
 
     python tests/bench.py                                              # GPT-2 Small's shape, about 5 minutes
+    python tests/bench.py --shapes                                     # four shapes in one table, for a GPU
     python tests/bench.py --n-latents 6144 --batch-size 1024 --figure step.png
     python tests/bench.py --export                                     # an exported encoder instead
     python tests/bench.py --export runs/tiny/encoder.pt
@@ -15,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -93,6 +95,72 @@ def measure(cfg, repeat):
                              "plain/step": quartiles[PLAIN][1] / step}
     return result
 
+SHAPES = "768x24576x4096", "2304x16384x4096", "768x131072x4096", "256x4096x512"  # D x F x B
+
+def measure_shape(cfg, repeat):
+    """Milliseconds of one step of several kinds, each a mean over `repeat` queued ones, the best of three;
+    MiB at the peak beside weights and moments; launches and waits; the device's milliseconds by operation."""
+    device = bt.resolve_device(cfg.device)
+    half = bt.choose_dtype("auto", device)
+    endless, W_enc = itertools.cycle(synthetic_batches(cfg, device)), bt.SAE(cfg).W_enc.detach().to(device, half)
+
+    def step(n_dead=0, **changes):
+        trainer = bt.Trainer(dataclasses.replace(cfg, **changes))
+        for _ in range(8):  # so that there is a hint, and kernels are compiled
+            trainer.step(next(endless))
+        trainer.sae.b_enc.data[:n_dead] = -100.0  # so that they do not fire again
+        trainer.sae.tokens_since_fired[:n_dead] = cfg.dead_tokens
+        return lambda: trainer.step(next(endless))
+
+    x, one_percent = next(endless).to(half), max(1, cfg.n_latents // 100)
+    runs = {"step": lambda: step(encoder_dtype="auto"), "step, float32": step,
+            "step, 1 % dead": lambda: step(one_percent, encoder_dtype="auto"),
+            "plain step, float32": lambda: step(step="plain"),
+            "dense step, autocast": lambda: dense_step(bt.SAE(cfg).to(device), endless),
+            "dense step, compiled": lambda: dense_step(bt.SAE(cfg).to(device), endless, torch.compile),
+            "encoder product": lambda: lambda: x @ W_enc.T}
+    if device.type == "cpu":
+        del runs["dense step, compiled"]
+    result = {"shape": f"{cfg.d_model}x{cfg.n_latents}x{cfg.batch_size}", "k": cfg.k, "ms": {}, "mib": {}}
+    for name, make in runs.items():
+        say(f"{result['shape']}: {name}")
+        run = make()
+        for _ in range(3):
+            run()
+        times = [seconds(lambda: [run() for _ in range(repeat)], device) / repeat for _ in range(3)]
+        result["ms"][name], result["mib"][name] = 1e3 * min(times), peak_memory(run, device) / 2**20
+        if name == "step":
+            result |= profiled(run, device)
+    say("")
+    return result
+
+def profiled(run, device, steps=3):
+    """Of a step: launches and waits, on a GPU, and milliseconds by operation, the 15 that take the most."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        seconds(lambda: [run() for _ in range(steps)], device)  # waits twice itself
+    found = profiler.key_averages()
+    calls = {word: sum(e.count for e in found if re.search(word, e.key)) for word in ("[lL]aunchKernel", "Synchronize")}
+    time_of = {e.key: getattr(e, f"self_{'device' if on_gpu else 'cpu'}_time_total") / 1e3 / steps for e in found}
+    kernels = {key[:60]: t for key, t in sorted(time_of.items(), key=lambda item: -item[1])[:15] if t}
+    counted = {"launches": calls["[lL]aunchKernel"] / steps, "waits": (calls["Synchronize"] - 2) / steps}
+    return {"by_operation": kernels, **(counted if on_gpu else {})}
+
+def show_shapes(results, device):
+    """One table with a column for each shape, then what each operation of a step takes."""
+    print(f"{device_name(device)}, torch {torch.__version__}\n\n{'D x F x B':<24}"
+          + "".join(f"{r['shape']:>18}" for r in results))
+    for name in dict.fromkeys(name for r in results for name in r["ms"]):
+        print(f"{name:<24}" + "".join(f"{r['ms'][name]:>10.2f} ms{r['mib'][name]:>5.0f}" for r in results))
+    for name in ("launches", "waits"):
+        if name in results[0]:
+            print(f"{name:<24}" + "".join(f"{r[name]:>18.1f}" for r in results))
+    print("\nThe second number of each: MiB at the peak beside weights and moments.")
+    for r in results:
+        print(f"\n{r['shape']}, ms by operation:")
+        for name, t in r["by_operation"].items():
+            print(f"{t:>9.3f}  {name}")
+
 def synthetic_batches(cfg, device):
     """Three batches in which each token is a sum of about 40 of 4096 directions."""
     generator, batches = torch.Generator().manual_seed(0), []
@@ -159,16 +227,22 @@ def measure_export(path, cfg, repeat):
         lines.append(f"{rows:>6} {l0:>6.1f} {1e3 * linear:>11.4g} {' '.join(ratios)}")
     print("\n".join(lines) + "\n\nmedians, in turn; the three methods as multiples of the linear layer")
 
-def dense_step(sae, batches):
+def dense_step(sae, batches, compiled=lambda function: function):
     """What a GPU does well: the plain step in bfloat16, with PyTorch's fused Adam (without projection)."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+
+    @compiled
+    def loss(x):
+        z = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
+        values, places = z.flatten().topk(sae.config.n_kept(len(x)), sorted=False)
+        f = torch.zeros_like(z).flatten().scatter(0, places, values.relu()).view_as(z)
+        return (x - f @ sae.W_dec - sae.b_dec).square().sum(1).mean()
 
     def run():
         x = next(batches)
         with torch.autocast(sae.W_enc.device.type, torch.bfloat16):  # which the module's own steps ignore
-            z = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
-            f = bt.batch_topk(z, sae.config.n_kept(len(x)))
-            (x - f @ sae.W_dec - sae.b_dec).square().sum(1).mean().backward()
+            total = loss(x)
+        total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -306,6 +380,8 @@ def main(arguments=None):
         ("figure", Path, None, "draw what each idea saves into this PNG"),
     ]:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--shapes", nargs="*", metavar="DxFxB", help=f"one table for these; without any the four "
+                        f"that the project's targets are for: {' '.join(SHAPES)}")
     parser.add_argument("--shared", action="store_true", help="time the step of torchrun's processes")
     parser.add_argument("--export", nargs="?", const="", metavar="FILE", help="time an exported encoder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -322,6 +398,11 @@ def main(arguments=None):
             raise bt.InputError(f"repeat is {a.repeat}; give 2 or more")
     except (bt.InputError, bt.Unavailable) as error:
         parser.error(str(error))
+    if a.shapes is not None:
+        shapes = [map(int, shape.split("x")) for shape in a.shapes or SHAPES]
+        results = [measure_shape(dataclasses.replace(cfg, d_model=D, n_latents=F, batch_size=B), a.repeat)
+                   for D, F, B in shapes]
+        return print(json.dumps(results)) if a.json else show_shapes(results, bt.resolve_device(cfg.device))
     if a.export is not None:
         return measure_export(a.export, cfg, a.repeat)
     if a.shared:

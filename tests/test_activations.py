@@ -513,6 +513,7 @@ def test_a_run_whose_data_set_fails_is_saved_and_continues_when_it_is_mended(lm,
     bad = good.splitlines(keepends=True)
     bad[900] = '{"text": "never clos\n'
     monkeypatch.setattr(bt, "TEXT_SHUFFLE", 16)
+    monkeypatch.setattr(bt, "GROUP_CHARACTERS", (300, 300))
     cfg = dataclasses.replace(configs(str(path))["batch"], tokens=8_000, eval_tokens=60)
     cli.train_runs({"": cfg}, lm, tmp_path / "once")
     path.write_text("".join(bad))

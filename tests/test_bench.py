@@ -22,6 +22,19 @@ def test_bench_measures_every_part_and_draws_what_each_saves(tmp_path, capsys):
     assert result["matrix_bytes"] == 4 * 32 * 64 and all(peak > 0 for peak in result["peak_bytes"].values())
     assert (tmp_path / "deep" / "savings.png").read_bytes().startswith(b"\x89PNG")
 
+def test_bench_measures_several_shapes_in_one_table(capsys):
+    arguments = "--shapes 16x64x32 8x48x16 --k 4 --repeat 2 --device cpu".split()
+    bench.main(arguments)
+    table = capsys.readouterr().out
+    bench.main([*arguments, "--json"])
+    results = json.loads(capsys.readouterr().out)
+    assert [r["shape"] for r in results] == ["16x64x32", "8x48x16"] and max(map(len, table.splitlines())) <= 110
+    for r in results:
+        assert {"step", "step, 1 % dead", "dense step, autocast", "encoder product"} <= {*r["ms"]} == {*r["mib"]}
+        assert min(r["ms"].values()) > 0 and len(r["by_operation"]) == 15
+        for name in r["ms"]:
+            assert f"\n{name:<24}" in table
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_bench_times_an_exported_encoder(capsys):
     bench.main([*SHAPE, "--export"])
