@@ -570,7 +570,7 @@ HINT = 0.95  # the search starts at this share of the last step's threshold
 def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step at the kept entries alone; under torchrun, those of this process's latents."""
     sae, cfg, (dead, n_dead) = trainer.sae, trainer.cfg, dead_latents(trainer.sae)
-    centred, dtype = x - sae.b_dec, choose_dtype(cfg.encoder_dtype, x.device)
+    centred, dtype = (x - sae.b_dec).contiguous(), choose_dtype(cfg.encoder_dtype, x.device)
     for hint in (HINT * trainer.last_threshold, 0.0):
         latent, row, value, attempt, l0_coef, own_gradients = step_entries(sae, centred, hint, dtype)
         row_sorted, order = row.sort(stable=True)
@@ -661,7 +661,7 @@ def sparse_entries(sae, x, selection):
     size = 4096 if selection == "theta" else max(1, len(rows))  # with θ rows are independent: some at a time
     indices, values = [rows.new_empty(2, 0, dtype=torch.int64)], [rows.new_empty(0, dtype=torch.float32)]
     for start in range(0, len(rows), size):
-        centred = rows[start : start + size].float() - sae.b_dec.float()
+        centred = (rows[start : start + size].float() - sae.b_dec.float()).contiguous()
         latent, row, value = search(sae, centred, selection, hint)
         order = row.argsort(stable=True)
         indices.append(torch.stack([start + row[order], latent[order]]))
@@ -925,6 +925,7 @@ def kernels_run(device: torch.device) -> bool:
 
 def launch(kernel, grid, out, *arguments, **options):
     """Run a kernel with a program for each place of the grid, on the device of the tensor `out`."""
+    assert all(t.is_contiguous() for t in arguments if isinstance(t, Tensor)), "kernels read rows as they lie"
     with torch.cuda.device_of(out):
         kernel[grid](out, *arguments, **options)
     return out
@@ -1869,8 +1870,9 @@ class ExportedSAE(nn.Module):
             z, inactive = self._encode(rows[start : start + size])
             found = inactive.logical_not_().view(-1).nonzero()[:, 0]
             n = m + len(found)
-            if n > len(value):  # buffers that double: many small tensors would leave memory in fragments
-                index, value = [functional.pad(t, [0, 2 * n - len(t)]) for t in (index, value)]
+            if n > len(value):  # room for all rows, at this rate: many small tensors would leave fragments
+                room = max(n, int(1.1 * n * rows.shape[0] / (start + size)))
+                index, value = [functional.pad(t, [0, room - len(t)]) for t in (index, value)]
             index[m:n], value[m:n], m = found + start * F, z.view(-1)[found], n
         return torch.stack([index[:m] // F, index[:m] % F]), value[:m].clone()
 

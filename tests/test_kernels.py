@@ -233,6 +233,16 @@ def test_the_same_steps_give_the_same_bits():
         states.append(bt.trainer_state(trainer))
     assert same_tensors(*states)
 
+def test_a_batch_may_lie_in_memory_as_it_likes():
+    trainer, x = bt.Trainer(config()), randn(16, 12, seed=3)
+    for i in range(2):
+        trainer.step(randn(16, 12, seed=i))
+    turned, sae = x.T.contiguous().T, trainer.sae
+    for found, other in zip(*(sae.encode_sparse(t) for t in (x, turned))):
+        torch.testing.assert_close(found, other)
+    assert copy.deepcopy(trainer).step(turned) == pytest.approx(trainer.step(x), rel=1e-4)
+    assert not turned.is_contiguous()
+
 def test_rows_too_wide_for_one_program_take_the_operators(monkeypatch):
     monkeypatch.setattr(bt, "WIDEST", 8)
     monkeypatch.setattr(bt, "launch_update_", lambda *_: pytest.fail("12 are wider than 8"))
