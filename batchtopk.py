@@ -1099,9 +1099,9 @@ def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, squar
     run, last_run = (first + RUN - 1) // RUN, end // RUN  # the whole runs in between were summed before
     stop = tl.minimum(run * RUN, end)
     d_dec, d_enc = two_sums(g, c, row, value, d_value, first, stop, D, E, BLOCK)
-    for i in range(run, last_run):
-        d_dec += tl.load(runs + 2 * i * D + d, mask=d < D, other=0.0)
-        d_enc += tl.load(runs + (2 * i + 1) * D + d, mask=d < D, other=0.0)
+    for whole in range(run, last_run):
+        d_dec += tl.load(runs + 2 * whole * D + d, mask=d < D, other=0.0)
+        d_enc += tl.load(runs + (2 * whole + 1) * D + d, mask=d < D, other=0.0)
     more_dec, more_enc = two_sums(g, c, row, value, d_value, tl.maximum(last_run * RUN, stop), end, D, E, BLOCK)
     d_dec, d_enc = d_dec + more_dec, d_enc + more_enc
     if AUX:

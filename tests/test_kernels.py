@@ -10,6 +10,9 @@ import contextlib
 import copy
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -318,3 +321,40 @@ def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most):
     assert host.waited == ["tolist"]
     assert host.launched.total() <= most, host.launched.most_common()
     assert {"count_kernel", "collect_kernel", "dots_kernel", "sums_kernel", "update_kernel"} <= {*host.launched}
+
+# What the interpreter does not notice
+
+KINDS = {"*bf16": "z", "*i32": "counts", "i32": "l_first B capacity n D",
+         "*i64": "latent row ends n_before i j n_found which starts aux_place",
+         "fp32": "lr lr_dec lr_b epsilon epsilon_b log_beta1 log_beta2"}  # all others: *fp32
+
+def compile_kernels():
+    """Compile every kernel to machine code of an H100; prints their names. Needs no GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kinds = {name: kind for kind, names in KINDS.items() for name in names.split()}
+    variants = [(bt.count_kernel, dict(BLOCK=2048)), (bt.collect_kernel, dict(BLOCK=1024)),
+                (bt.dots_kernel, dict(E=8, BLOCK=128, ALL=False)),
+                (bt.dots_kernel, dict(E=8, BLOCK=128, ALL=True, n_found=None)),
+                (bt.sums_kernel, dict(E=1, BLOCK=1024)), (bt.sums_kernel, dict(E=128, BLOCK=1, D=1)),
+                (bt.vector_kernel, {})]
+    for block in (256, 4096):
+        variants.append((bt.runs_kernel, dict(RUN=64, E=2, BLOCK=block)))
+        variants += [(bt.update_kernel, dict(RUN=64, E=2, BLOCK=block, AUX=aux)) for aux in (False, True)]
+    for kernel, constants in variants:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
+        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        assert bt.triton.compile(source, GPUTarget("cuda", 90, 32)).asm["cubin"]
+        print(kernel.__name__)
+
+def test_every_kernel_compiles_for_a_gpu():
+    """Bug met: a name that was a number in a loop and a block after it, which the interpreter allows."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", "import test_kernels; test_kernels.compile_kernels()"],
+                          capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    launched = {word.rstrip(",") for word in Path(bt.__file__).read_text().replace("(", " ").split()
+                if word.endswith("_kernel,")}
+    assert launched == {*done.stdout.split()}, "every kernel that is launched"
