@@ -118,8 +118,8 @@ def test_options_reach_the_configuration(tmp_path):
     (["train", "--device", "meta"], 2, "'meta'; choose one of"), (["train", "--beta2", 0], 2, "beta2"),
     (["train", "--tokens", 1], 2, "tokens is 1; give a whole number from 2"),
     (["train", "--preset", "huge"], 2, "'huge'.*tiny, gpt2-small, gemma-2-2b"),
-    (["train", "--layer", 4], 2, "no module 'transformer.h.4'"),
-    (["train", "--module", "h.x"], 2, "no module 'h.x'"),
+    (["train", "--layer", 4], 2, "layer is 4; the model has the blocks 0 to 3"),
+    (["train", "--module", "h.x"], 2, "no module 'h.x'; the nearest names are: transformer.h"),
     (["train", "--module", "transformer"], 2, "no tensor"), (["train", "--seed", 10**20], 2, "seed is"),
     (["train", "--expansion", 2, "--n-latents", 64], 2, "one of them"),
     *((["train", "--name", name, "--model", "nowhere"], 2, "one folder")
