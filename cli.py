@@ -236,6 +236,8 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
     if RANK == 0:
         check_run_folder(folder, resume)
     [cfg, *_], stopped, times = configs.values(), 0, []
+    if len(configs) > 1:
+        tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens; the first steps will tell how long", err)
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
                         console=err, transient=True, disable=not err.is_terminal)
     progress.add_task("loading the model and text", total=None)
@@ -256,10 +258,11 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         shown = f"{task.speed or 0:,.0f} tokens/s  fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
         progress.update(task.id, total=cfg.tokens, completed=tokens)
         report(shown if err.is_terminal else f"{tokens:,} of {cfg.tokens:,} tokens  {shown}")
-        if len(configs) > 1 > len(times) - 2 and (begins or time.monotonic() > times[-1][0] + TIMED_SECONDS):
-            times.append((time.monotonic(), tokens))
+        clock = time.monotonic()
+        if len(configs) > 1 and len(times) < 3 and (begins or clock > times[-1][0] + TIMED_SECONDS):
+            times.append((clock, tokens))
             if len(times) == 3:
-                tell(f"about {minutes_left(cfg, *times)} minutes of training", err)
+                tell(f"about {minutes_left(cfg, *times)} min of training", err)
         if begins:
             what = "the SAEs are" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g},"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
@@ -809,13 +812,14 @@ def compare(
     recipe: Annotated[str | None, Option(metavar=",…", help=sentence(RECIPE, bt.RECIPES, "ours"))] = None,
     change: Annotated[str | None, Option(metavar=",…", help="Changes to try, as beta1=0,decay=0.")] = None,
     seeds: Annotated[int, Option(metavar="", help="How many seeds of each, from 0.", min=1)] = 3,
-    out_folder: Annotated[Path, Option("--out", metavar="", help="Its folder.")] = Path("runs/compare"),
+    out_folder: Annotated[Path, Option("--out", metavar="", help="Folder of the runs.")] = Path("runs/compare"),
     as_json: Json = False,
     **options,
 ):
     """Train several SAEs on the same activations and compare them on held-out text.
 
-    Options marked ,… take several values, by commas. The same command continues what was interrupted.
+    Options marked ,… take several values, separated by commas. The same command continues what was
+    interrupted.
     """
     options |= {"recipe": recipe, "change": change}
     given = {name: value for name, value in options.items() if value is not None}
@@ -861,8 +865,6 @@ def comparison_results(configs, folder):
         asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos", "device")
         if asked is None or replace(cfg, **{field: getattr(asked, field) for field in found}) != asked:
             raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
-    [cfg, *_] = configs.values()
-    tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens; the first steps will tell how long", err)
     results = train_with_bar(configs, folder, "the same command", bool(begun))
     return [{"name": name, **result, "config": vars(bt.RunConfig.load(folder / name))}
             for name, result in zip(configs, results)]
