@@ -237,7 +237,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         check_run_folder(folder, resume)
     [cfg, *_], stopped, times = configs.values(), 0, []
     if len(configs) > 1:
-        tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens; the first steps will tell how long", err)
+        tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens; the first steps tell how long", err)
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
                         console=err, transient=True, disable=not err.is_terminal)
     progress.add_task("loading the model and text", total=None)
@@ -812,7 +812,7 @@ def compare(
     recipe: Annotated[str | None, Option(metavar=",…", help=sentence(RECIPE, bt.RECIPES, "ours"))] = None,
     change: Annotated[str | None, Option(metavar=",…", help="Changes to try, as beta1=0,decay=0.")] = None,
     seeds: Annotated[int, Option(metavar="", help="How many seeds of each, from 0.", min=1)] = 3,
-    out_folder: Annotated[Path, Option("--out", metavar="", help="Folder of the runs.")] = Path("runs/compare"),
+    out_folder: Annotated[Path, Option("--out", metavar="", help="Their folder.")] = Path("runs/compare"),
     as_json: Json = False,
     **options,
 ):
