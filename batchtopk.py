@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import difflib
 import functools
 import hashlib
 import io
@@ -1379,14 +1380,16 @@ class LanguageModel:
         self.model.to(self.device).eval().requires_grad_(False)
         special = [i for i in self.tokenizer.all_special_ids if i is not None]
         self.special = torch.tensor(special, dtype=torch.int64, device=self.device)
-        self.module = find_site(self.model, layer, site, module)
+        self.module, self.reads_input = find_site(self.model, layer, site, module)
+        if site in PARTS and not module:
+            self.module = find_part(self, layer, site)
         self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> LanguageModel:
         lm = cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
                  skip_special=cfg.skip_special, norm_limit=cfg.norm_limit)
-        longest = getattr(lm.model.config, "max_position_embeddings", cfg.context)
+        longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", cfg.context)
         if cfg.context > longest:
             raise InputError(f"context is {cfg.context}; the model reads at most {longest} tokens")
         return lm
@@ -1449,30 +1452,87 @@ class LanguageModel:
     @own_precision
     def run(self, ids, change):
         """Logits, with the site's tensor passed through `change`."""
-        def hook(module, args, output):
-            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        def replace(h):
+            if isinstance(h, (tuple, list)):  # of which the first entry is the stream
+                return type(h)([replace(h[0]), *h[1:]])
+            is_flat = isinstance(h, Tensor) and h.ndim == 2 and len(h) == ids.numel()  # OPT's MLP: [n · T, D]
+            return change(h.view(*ids.shape, -1)).view_as(h) if is_flat else change(h)
 
-        with self.module.register_forward_hook(hook):
+        def before(module, args, given):
+            if args:
+                return replace(args), given
+            return args, {**given, "hidden_states": replace(given.get("hidden_states"))}
+
+        def after(module, args, output):
+            return replace(output)
+
+        with (self.module.register_forward_pre_hook(before, with_kwargs=True) if self.reads_input
+              else self.module.register_forward_hook(after)):
             return self.model(ids.to(self.device), use_cache=False).logits
 
 class SiteReached(Exception):
     """Ends a forward pass at the hook and carries the activations out."""
 
+PARTS = {  # names within a block of what may be added to the stream: in some families the output of a norm
+    "attn_out": ("self_attn", "attn", "attention", "self_attention", "linear_attn", "self_attention.dense",
+                 "post_attention_layernorm", "post_self_attn_layernorm", "post_norm1", "post_operator_norm"),
+    "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2", "mlp.dense_4h_to_h", "ffn.down_proj",
+                "post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2", "post_ffn_norm"),
+}
+
 def find_site(model, layer, site, path):
-    """The module whose output the SAE reads: the one of a path, or the one that writes a site."""
-    modules = dict(model.named_modules())
-    lists = (name for name in modules if name.rpartition(".")[2] in ("h", "layers", "blocks"))
-    blocks = next(lists, "layers")
-    block = f"{blocks}.{layer}"
-    before = f"{blocks}.{layer - 1}" if layer else "transformer.drop"  # that adds up GPT-2's embeddings
-    norms = f"{block}.post_feedforward_layernorm" in modules  # Gemma 2 adds the outputs of norms
-    parts = {"mlp_out": ["post_feedforward_layernorm"] if norms else ["mlp", "feed_forward"],
-             "attn_out": ["post_attention_layernorm"] if norms else ["attn", "self_attn", "attention"]}
-    paths = [f"{block}.{part}" for part in parts.get(site, ())] or [before if site == "resid_pre" else block]
-    for name in [path] if path else paths if block in modules else [block]:
-        if name in modules:
-            return modules[name]
-    raise InputError(f"the model has no module {name!r}; give another layer or module")
+    """The module of a path, else a block of the text model; and whether its input is read, not its output."""
+    if path:
+        modules = dict(model.named_modules())
+        if path not in modules:
+            near = ", ".join(difflib.get_close_matches(path, modules, cutoff=0))
+            raise InputError(f"the model has no module {path!r}; the nearest names are: {near}")
+        return modules[path], False
+    for part in (model.get_decoder(), model):  # the former is no more than the head in ModernBERT
+        lists = [module for name, module in part.named_modules() if isinstance(module, nn.ModuleList)
+                 and name.rpartition(".")[2] in ("h", "layers", "blocks", "layer")]
+        if lists:
+            break
+    if len(lists) != 1:
+        raise InputError(f"the model has {len(lists)} lists of blocks instead of one; give a module")
+    if not 0 <= layer < len(lists[0]):
+        raise InputError(f"layer is {layer}; the model has the blocks 0 to {len(lists[0]) - 1}")
+    return lists[0][layer], site == "resid_pre"
+
+def find_part(lm, layer, site):
+    """The module in the block lm.module whose output is what the block's attention or MLP adds to the stream.
+
+    Families differ in names and norms, and some scale what they add. So 16 tokens decide: on each,
+    resid_pre + attn_out + mlp_out = resid_post, but for rounding. Tokens on which rounding hides the part
+    tell nothing; InputError if all do, or no modules fit.
+    """
+    block, ids = lm.module, torch.linspace(1, len(lm.tokenizer) - 1, 16).long()[None]
+
+    def read(module, reads_input=False):
+        lm.module, lm.reads_input = module, reads_input
+        return lm.activations(ids)[0].double()
+
+    def outputs(names):
+        for name in names:
+            with contextlib.suppress(AttributeError, InputError):  # no such module, or not [n, T, D]
+                module = block.get_submodule(name)
+                yield module, read(module)
+
+    before, after = read(block, True), read(block)
+    best, least = None, 1e-3
+    for pair in itertools.product(*[list(outputs(names)) for names in PARTS.values()]):
+        (_, attn), (_, mlp) = pair
+        module, part = pair[list(PARTS).index(site)]
+        size = part.norm(dim=1)
+        rounding = torch.finfo(lm.model.dtype).eps * sum(t.norm(dim=1) for t in (before, attn, mlp))
+        error = ((before + attn + mlp - after).norm(dim=1) - rounding) / size
+        error = error[rounding < size / 4]
+        if len(error) and error.max() < least:
+            best, least = module, error.max()
+    if best is None:
+        raise InputError(f"{site} of block {layer} is no module's output (resid_pre + attn_out + mlp_out = "
+                         "resid_post was tried on 16 tokens); choose another site, or a module")
+    return best
 
 def documents(cfg, split):
     """The texts of cfg.dataset for "train" or "held-out", once through, without blank ones."""

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Command line of batchtopk: it talks to people, batchtopk.py does the work.
 
     python cli.py train             # a BatchTopK SAE on the embedded GPT-2, in about two minutes
@@ -9,20 +10,23 @@ Results go to stdout, progress to stderr. A mistake ends in one line and exit co
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
 import time
 import warnings
 from dataclasses import fields, replace
+from importlib.metadata import version
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from statistics import fmean as mean, stdev
-from typing import Annotated, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import torch
 import typer
@@ -45,34 +49,62 @@ out, err = (Console(stderr=stderr, quiet=RANK > 0, markup=False, emoji=False, hi
 FIELDS = {field.name: field for field in fields(bt.RunConfig)[1:]}  # all but d_model
 MAIN = ("n_latents", "k", "activation", "tokens", "batch_size", "lr", "seed", "device", "model", "layer",
         "site", "dataset")  # shown first
-Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
-Device = Annotated[str, Option(help=FIELDS["device"].metadata["doc"] + ".")]
-Preset = Annotated[str, Option(help="Where defaults come from: " + ", ".join(bt.PRESETS) + ".")]
+WORDS = {name: field.metadata["doc"] for name, field in FIELDS.items()} | {  # those that fit an option better
+    "device": "where to compute: cpu, cuda, cuda:1 …; auto takes a GPU if there is one",
+    "eval_tokens": "held-out tokens for θ, and as many others to evaluate",
+    "init": "start b_dec at the data's mean, or at 0 with a smaller W_enc",
+    "lr": FIELDS["lr"].metadata["doc"].replace("; 0:", "; auto:"),
+    "prepend_bos": "begin contexts without the tokenizer's begin token",
+    "skip_special": "read special tokens and first positions too: their norms are larger",
+}
+SETS = {"tiny": bt.PRESETS, "ours": bt.RECIPES}  # of defaults, by the one that applies unless told otherwise
+
+def sentence(words, choices=(), default="", mark="default"):
+    """The help of an option, which ends with what it accepts and its default in brackets."""
+    start = words[0].upper() if words[0].isascii() else words[0]  # α stays small
+    brackets = ["|".join(choices)] * bool(choices) + [f"{mark}: {default}"] * (default != "")
+    return escape(f"{start}{words[1:]}." + f" [{'; '.join(brackets)}]" * bool(brackets))
+
+def choice(values, words):
+    """An option that takes one of these values, by default the first."""
+    help = sentence(words, values, next(iter(values)))
+    return Annotated[Literal[tuple(values)], Option(metavar="", show_default=False, help=help)]
+
+Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.")]
+Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
+Preset = choice(bt.PRESETS, "what to train on; it sets what is marked tiny")
+RECIPE = "how to train; it sets what is marked ours"
 Run = Annotated[Path, Argument(help="Folder that `train` wrote, e.g. runs/tiny.", show_default=False)]
 
-def config_options(command, lists=()):
+def config_options(command, lists=(), sets=SETS):
     """Replace a command's **options by an option per field of RunConfig; those in `lists` arrive as text."""
     parameters, types = list(signature(command).parameters.values())[:-1], get_type_hints(bt.RunConfig)
     for name in dict.fromkeys((*MAIN, *FIELDS)):
         if name == "seed" and lists:  # compare counts them
             continue
-        field, kind, flag, extra = FIELDS[name], types[name], "--" + name.replace("_", "-"), {}
-        doc, choices = field.metadata["doc"], bt.choices(field)
-        if not all(choice in doc for choice in choices):
-            doc += f" ({', '.join(choices)})"
-        default = "the preset's" if name == "n_latents" else field.default
-        shown = f" [default: {default}]" if default != "" else ""
+        field, flag, extra = FIELDS[name], "--" + name.replace("_", "-"), {"metavar": ""}
+        choices = tuple(bt.choices(field))
+        kind = Literal[choices] if choices else types[name]
+        marks = [mark for mark, table in sets.items() if any(name in values for values in table.values())]
+        default = next((sets[mark][mark][name] for mark in marks if name in sets[mark][mark]), field.default)
+        default = "auto" if name == "lr" else f"{default:g}" if isinstance(default, float) else default
         if kind is bool:  # what is on by default can only be turned off
-            flag, doc, shown = f"--no-{flag[2:]}", f"do not {doc}", ""
-            extra = {"callback": lambda given: False if given else None}
+            flag, default = f"--no-{flag[2:]}", ""
+            extra["callback"] = lambda given: False if given else None
         if name in lists:
-            kind, extra = str, {"metavar": f"<{kind.__name__}>,…"}
-        option = Option(flag, help=escape(f"{doc}.{shown}"),
+            kind, extra = str, {"metavar": ",…"}
+        elif name == "lr":
+            extra["parser"] = learning_rate
+        option = Option(flag, help=sentence(WORDS[name], choices, default, ", ".join(marks) or "default"),
                         rich_help_panel=None if name in MAIN else "Advanced", **extra)
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None,
                                     annotation=Annotated[kind | None, option]))
     command.__signature__ = Signature(parameters)
     return command
+
+def learning_rate(text):
+    """Config.lr for what --lr says."""
+    return 0.0 if text == "auto" else float(text)
 
 def tell(text, console=out):
     """Print a text, wrapped at words in a terminal; `console.out` never wraps."""
@@ -121,8 +153,21 @@ def out_of_memory(error):
     """Whether memory could not be had, of the machine or of a GPU: PyTorch has no class for the former."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
-app = typer.Typer(cls=Commands, help="BatchTopK sparse autoencoders: train, evaluate, export, compare.",
-                  no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
+app = typer.Typer(cls=Commands,
+                  no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+def show_version(wanted):
+    """Say which batchtopk.py this is, by its digest, and which libraries it uses."""
+    if wanted:
+        digest = hashlib.sha256(Path(bt.__file__).read_bytes()).hexdigest()[:12]
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "typer"))
+        tell(f"batchtopk.py {digest}, {libraries}, Python {platform.python_version()}")
+        raise typer.Exit
+
+@app.callback()
+def options_of_all(_: Annotated[bool, Option("--version", help="Show which version this is and exit.",
+                                             callback=show_version, is_eager=True)] = False):
+    """BatchTopK sparse autoencoders: train, evaluate, export, compare."""
 
 # ---- train, eval, export ----
 
@@ -130,23 +175,24 @@ app = typer.Typer(cls=Commands, help="BatchTopK sparse autoencoders: train, eval
 @config_options
 def train(
     preset: Preset = "tiny",
-    recipe: Annotated[str, Option(help="How to train: " + ", ".join(bt.RECIPES) + ".")] = "ours",
-    name: Annotated[str | None, Option(help="Name of the run's folder; by default the preset's.")] = None,
-    out_folder: Annotated[Path, Option("--out", help="Folder of all runs.")] = Path("runs"),
-    resume: Annotated[Path | None, Option(help="Interrupted run to continue.")] = None,
+    recipe: choice(bt.RECIPES, RECIPE) = "ours",
+    name: Annotated[str | None, Option(metavar="", help="Name of the run; by default the preset's.")] = None,
+    out_folder: Annotated[Path, Option("--out", metavar="", help="Folder of all runs.")] = Path("runs"),
+    resume: Annotated[Path | None, Option(metavar="", help="Run to continue; takes --device.")] = None,
     as_json: Json = False,
-    expansion: Annotated[float | None, Option(help="Latents, as a multiple of D.")] = None,
+    expansion: Annotated[float | None, Option(metavar="", help="Latents, as a multiple of D.")] = None,
     **options,
 ):
     """Train an SAE on a language model's activations, calibrate θ, evaluate on held-out text."""
     given = {field: value for field, value in options.items() if value is not None}
-    if resume and (given or name or expansion is not None):
-        raise bt.InputError("--resume continues a run as it was configured; leave out other options")
+    if resume and (given.keys() - {"device"} or name or expansion is not None):
+        raise bt.InputError("--resume continues a run as it was configured; leave out all but --device")
     if name is not None and (name in ("", "..") or Path(name).name != name):
         raise bt.InputError(f"name is {name!r}; give the name of one folder (--out says where it is)")
     if expansion is not None and "n_latents" in given:
         raise bt.InputError("--expansion and --n-latents set the same; give one of them")
-    cfg = bt.RunConfig.load(resume) if resume else bt.RunConfig.preset(preset, recipe, d_model=1, **given)
+    cfg = (replace(bt.RunConfig.load(resume), **given) if resume
+           else bt.RunConfig.preset(preset, recipe, d_model=1, **given))
     bt.processes.join(cfg.device)
     several, folder = bt.processes.size > 1, resume or out_folder / (name or preset)
     if not (resume or name or several):  # several would choose different ones
@@ -189,7 +235,9 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         return [read_evaluation(run) for run in runs]
     if RANK == 0:
         check_run_folder(folder, resume)
-    [cfg, *_], stopped = configs.values(), 0
+    [cfg, *_], stopped, times = configs.values(), 0, []
+    if len(configs) > 1:
+        tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens; the first steps tell how long", err)
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
                         console=err, transient=True, disable=not err.is_terminal)
     progress.add_task("loading the model and text", total=None)
@@ -210,10 +258,15 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         shown = f"{task.speed or 0:,.0f} tokens/s  fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
         progress.update(task.id, total=cfg.tokens, completed=tokens)
         report(shown if err.is_terminal else f"{tokens:,} of {cfg.tokens:,} tokens  {shown}")
+        clock = time.monotonic()
+        if len(configs) > 1 and len(times) < 3 and (begins or clock > times[-1][0] + TIMED_SECONDS):
+            times.append((clock, tokens))
+            if len(times) == 3:
+                tell(f"about {minutes_left(cfg, *times)} min of training", err)
         if begins:
-            what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g}"
+            what = "the SAEs are" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g},"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
-            tell(f"{what}, on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}{left_out(lm)}", err)
+            tell(f"{what} on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}{left_out(lm)}", err)
         return bool(stopped)
 
     def on_context(done, total):
@@ -223,6 +276,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
     try:
         with progress:
             lm = bt.LanguageModel.from_config(cfg)
+            times.append((time.monotonic(), 0))
             sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
             configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
             [cfg, *_] = configs.values()
@@ -240,6 +294,17 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
             signal.signal(number, handler)
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing came of it
+
+TIMED_SECONDS = 10  # of steps, from which `compare` estimates how long it will take
+
+def minutes_left(cfg, start, first, now):
+    """How long training will take, from (time, tokens) at the start, after the first step and now.
+
+    Until the first step the model mostly reads: the held-out tokens, and those that fill the buffer.
+    """
+    reading = (first[0] - start[0]) / (2 * cfg.eval_tokens + min(cfg.buffer_tokens, cfg.tokens))
+    stepping = (now[0] - first[0]) / (now[1] - first[1])
+    return math.ceil((cfg.tokens - now[1]) * (reading + stepping) / 60)
 
 def left_out(lm):
     """What a new run leaves out because of its norm, as the end of a sentence."""
@@ -272,7 +337,8 @@ def free_folder(parent, name):
 @app.command("eval", epilog="Example: python cli.py eval runs/tiny --json")
 def evaluate(
     run: Run,
-    ce_contexts: Annotated[int | None, Option(help="As for `train`; by default the run's.", min=1)] = None,
+    ce_contexts: Annotated[int | None, Option(
+        metavar="", help=f"{sentence(WORDS['ce_contexts'])} By default the run's.", min=1)] = None,
     device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
@@ -325,10 +391,10 @@ def l0_quantiles(histogram):
 @app.command(epilog="Example: python cli.py export runs/tiny --format saelens --out my-sae")
 def export(
     run: Run,
-    out_path: Annotated[Path | None, Option("--out", help="Default: in RUN, named by the format.")] = None,
-    format: Annotated[str, Option(help=", ".join(bt.FORMATS) + ".")] = "torchscript",
-    dtype: Annotated[str, Option(help="float32, or float16 for half the size.")] = "float32",
-    force: Annotated[bool, Option("--force", help="Replace what an earlier export wrote.")] = False,
+    out_path: Annotated[Path | None, Option("--out", metavar="", help="Path; by default in the run.")] = None,
+    format: choice(bt.FORMATS, "what to write") = "torchscript",
+    dtype: choice(("float32", "float16"), "precision of the weights") = "float32",
+    force: Annotated[bool, Option("--force", metavar="", help="Replace what lies there.")] = False,
     as_json: Json = False,
 ):
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
@@ -465,8 +531,8 @@ def write(path, text):
         bt.write_atomically(path, text.encode())
 
 def state_text(trainers):
-    """What a saved state belongs to."""
-    return repr({name: trainer.cfg for name, trainer in trainers.items()})
+    """What a saved state belongs to. It may go on on another device."""
+    return repr({name: replace(trainer.cfg, device="auto") for name, trainer in trainers.items()})
 
 def save_state(folder, trainers, seconds, at, records):
     """Save what a resumed run needs, each process its share; older states go when this one is whole."""
@@ -610,10 +676,10 @@ def to_json_values(metrics):
 def latents(
     run: Run,
     numbers: Annotated[list[int] | None, Argument(
-        metavar="[LATENT …]", help="Their numbers; by default a choice from dense to rare.")] = None,
-    top: Annotated[int, Option(help="How many contexts to show of each.", min=1)] = 10,
-    count: Annotated[int, Option(help="How many latents to choose.", min=1)] = 12,
-    html: Annotated[Path | None, Option(help="Write a self-contained page with search.")] = None,
+        metavar="latent", help="Their numbers; by default a choice from dense to rare.")] = None,
+    top: Annotated[int, Option(metavar="", help="How many contexts to show of each.", min=1)] = 10,
+    count: Annotated[int, Option(metavar="", help="How many latents to choose.", min=1)] = 12,
+    html: Annotated[Path | None, Option(metavar="", help="Write a self-contained page with search.")] = None,
     device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
@@ -728,8 +794,9 @@ def latents_page(about, described):
 
 # ---- compare ----
 
+ALL = {"activation": ",".join(bt.SAES)}
 STUDIES = {  # what --study varies, unless an option says otherwise
-    "methods": {}, "k": {"k": "16,32,64"}, "latents": {"n_latents": "1024,2048,4096,8192"},
+    "methods": ALL, "k": ALL | {"k": "16,32,64"}, "latents": ALL | {"n_latents": "1024,2048,4096,8192"},
     "batch": {"activation": "batchtopk", "batch_size": "64,256,1024,4096,8192"},
     "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
     "recipe": {"activation": "batchtopk", "recipe": "ours,paper"},
@@ -739,25 +806,25 @@ STUDIES = {  # what --study varies, unless an option says otherwise
 }
 
 @app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
-@functools.partial(config_options, lists=OWN)
+@functools.partial(config_options, lists=OWN, sets={"methods": STUDIES, **SETS})
 def compare(
     preset: Preset = "tiny",
-    study: Annotated[str, Option(help="What to vary: " + ", ".join(STUDIES) + ".")] = "methods",
-    recipe: Annotated[str | None, Option(help=f"By commas: {', '.join(bt.RECIPES)}.")] = None,
-    change: Annotated[str | None, Option(help="FIELD=VALUE by commas, each tried alone.")] = None,
-    seeds: Annotated[int, Option(help="How many seeds of each, from 0.", min=1)] = 3,
-    out_folder: Annotated[Path, Option("--out", help="Where it is saved.")] = Path("runs/compare"),
+    study: choice(STUDIES, "what to vary; it sets what is marked methods") = "methods",
+    recipe: Annotated[str | None, Option(metavar=",…", help=sentence(RECIPE, bt.RECIPES, "ours"))] = None,
+    change: Annotated[str | None, Option(metavar=",…", help="Changes to try, as beta1=0,decay=0.")] = None,
+    seeds: Annotated[int, Option(metavar="", help="How many seeds of each, from 0.", min=1)] = 3,
+    out_folder: Annotated[Path, Option("--out", metavar="", help="Their folder.")] = Path("runs/compare"),
     as_json: Json = False,
     **options,
 ):
     """Train several SAEs on the same activations and compare them on held-out text.
 
-    Options marked ,… take several values. The same command continues what was interrupted.
+    Options marked ,… take several values, separated by commas. The same command continues what was
+    interrupted.
     """
-    bt.check_choice("study", study, STUDIES)
     options |= {"recipe": recipe, "change": change}
     given = {name: value for name, value in options.items() if value is not None}
-    lists = {"activation": "batchtopk,topk,jumprelu", **STUDIES[study]}
+    lists = dict(STUDIES[study])
     lists |= {name: given.pop(name) for name in (*OWN, "recipe", "change") if name in given}
     values = {name: list(dict.fromkeys(map(str.strip, text.split(",")))) for name, text in lists.items()}
     names = [name for name in values if name == "activation" or len(values[name]) > 1]
@@ -788,7 +855,7 @@ def setting_config(preset, setting, given):
     for name, text in texts.items():
         values[name] = text
         with contextlib.suppress(ValueError):
-            values[name] = float(text)
+            values[name] = learning_rate(text) if name == "lr" else float(text)
     return bt.RunConfig.preset(preset, recipe, d_model=1, **values)
 
 def comparison_results(configs, folder):
@@ -796,7 +863,7 @@ def comparison_results(configs, folder):
     check_shared(configs)
     begun = {path.parent.name: bt.RunConfig.load(path.parent) for path in folder.glob("*/config.json")}
     for name, cfg in begun.items():
-        asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos", "model_batch")  # as it began
+        asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos", "model_batch", "device")
         if asked is None or replace(cfg, **{field: getattr(asked, field) for field in found}) != asked:
             raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
     results = train_with_bar(configs, folder, "the same command", bool(begun))
@@ -835,7 +902,8 @@ STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "
 def draw_comparison(names, groups, path):
     """Error against each number that was varied, and active latents per token."""
     from matplotlib.figure import Figure
-    varied = [name for name in ("k", "n_latents", "batch_size", "lr") if name in names]
+    varied = [name for name in ("k", "n_latents", "batch_size", "lr") if name in names
+              and all(key[names.index(name)] != "auto" for key in groups)]
     panels = list(itertools.product(varied, ("fvu", "ce_degradation")))
     figure = Figure(figsize=(5 * len(panels) + 6, 4), layout="constrained")
     *errors, last = figure.subplots(1, len(panels) + 1, squeeze=False)[0]

@@ -1,6 +1,7 @@
 """The command line: what people see, and that their mistakes end in one line."""
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -30,8 +32,8 @@ def options(without=(), **changes):
     settings = {name: value for name, value in (SMALL | changes).items() if name not in without}
     return [str(part) for name, value in settings.items() for part in ("--" + name.replace("_", "-"), value)]
 
-def invoke(*arguments):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+def invoke(*arguments, **settings):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], **settings)
 
 def spawn(*arguments, **settings):
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
@@ -105,7 +107,76 @@ def test_help_shows_every_field_of_config_with_its_default_and_the_important_one
     for name in set(cli.FIELDS) - left_out:
         assert (places[name.replace("_", "-")] < advanced) == (name in cli.MAIN), name
     text = re.sub(r"[\s│]+", " ", "".join(lines))
-    assert cli.FIELDS["k"].metadata["doc"] + ". [default: 32]" in text and "[default: (" not in text
+    mark = {"train": "default", "compare": "methods"}[command]
+    assert f"Average number of active latents per token. [{mark}: 32]" in text and "[default: (" not in text
+
+def plain(command):
+    """The help of a command as it stands in 80 columns, and as one line without borders."""
+    text = invoke(command, "--help", terminal_width=80).stdout
+    return text, re.sub(r"[\s│]+", " ", text)
+
+@pytest.mark.parametrize("command", ["train", "eval", "export", "latents", "compare"])
+def test_helps_are_sentences_that_begin_alike_without_doubled_brackets(command):
+    for option in typer.main.get_command(cli.app).commands[command].params:
+        assert re.fullmatch(r"[A-Zα].*[.\]]", option.help), option.help
+    text, line = plain(command)
+    assert not re.search(r"\[\[|\]\]|\] \[\w+:|By commas|[Dd]o not", line), line
+    assert len(text.splitlines()) <= 100 or command == "compare", "two screens"
+
+def test_help_marks_defaults_that_another_preset_recipe_or_study_changes():
+    """Bug here once: gpt2-small was said to have batches of 512, and compare to train batchtopk alone."""
+    for command, sets in (("train", cli.SETS), ("compare", {"methods": cli.STUDIES, **cli.SETS})):
+        _, line = plain(command)
+        for name in set(cli.FIELDS) - ({"seed"} if command == "compare" else set()):
+            option = f"--(?:no-)?{name.replace('_', '-')}"
+            [said] = re.findall(rf" {option} (.*?)(?= --\w| ╰)", line.partition(" Example:")[0])
+            marks = [mark for mark, table in sets.items() if any(name in each for each in table.values())]
+            assert not marks or f"{', '.join(marks)}: " in said and "default:" not in said, said
+    assert "[tiny, ours: 512]" in plain("train")[1] and "[ours: auto]" in plain("train")[1]
+    assert "methods: batchtopk,topk,jumprelu]" in plain("compare")[1]
+
+@pytest.mark.parametrize("arguments, accepted", [
+    (["train", "--preset"], bt.PRESETS), (["train", "--recipe"], bt.RECIPES),
+    (["train", "--activation"], bt.SAES), (["train", "--site"], bt.choices(cli.FIELDS["site"])),
+    (["compare", "--study"], cli.STUDIES), (["export", "runs/tiny", "--format"], bt.FORMATS),
+    (["export", "runs/tiny", "--dtype"], ["float32", "float16"])])
+def test_choices_are_shown_completed_and_refused_by_name(arguments, accepted):
+    assert f"[{'|'.join(accepted)}; " in plain(arguments[0])[1]
+    refused = invoke(*arguments, "huge")
+    assert refused.exit_code == 2 and "Usage: " in refused.stderr
+    assert all(f"'{name}'" in re.sub(r"[\s│]+", " ", refused.stderr) for name in ("huge", *accepted))
+    typed = {"COMP_WORDS": " ".join(["cli.py", *arguments, ""]), "COMP_CWORD": str(len(arguments) + 1)}
+    found = invoke(prog_name="cli.py", env={"_CLI.PY_COMPLETE": "complete_bash", **typed}).stdout
+    assert found.split() == list(accepted)
+
+def test_version_names_the_file_by_its_digest():
+    digest = hashlib.sha256(Path(bt.__file__).read_bytes()).hexdigest()
+    said = invoke("--version")
+    assert said.exit_code == 0 and f"batchtopk.py {digest[:12]}, torch {torch.__version__}" in said.stdout
+
+def test_a_learning_rate_of_auto_is_that_of_a_config_that_names_none(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "train_with_bar", lambda configs, *_: seen.extend(configs.values()) or 1 / 0)
+    for value in ("auto", "0", "0.01"):
+        invoke("train", "--lr", value, "--name", "a")
+    invoke("compare", "--activation", "topk", "--lr", "auto,0.01", "--seeds", 1)
+    invoke("compare", "--activation", "topk", "--change", "lr=auto,lr=0.01", "--seeds", 1)
+    assert [cfg.lr for cfg in seen] == [0, 0, 0.01, 0, 0.01, 0, 0.01]
+    refused = invoke("train", "--lr", "fast")
+    assert refused.exit_code == 2 and "'--lr'" in refused.stderr
+
+def test_a_run_is_resumed_on_another_device_to_the_same_end(run, tmp_path, monkeypatch):
+    interrupt_after(11, monkeypatch)
+    invoke("train", "--out", tmp_path, "--name", "small", *options())
+    monkeypatch.undo()
+    command = ["train", "--resume", tmp_path / "small"]
+    refused = invoke(*command, "--device", "cpu", "--k", 3)
+    assert refused.exit_code == 2 and "leave out all but --device" in refused.stderr
+    said = invoke(*command, "--device", "auto").stdout  # the CPU again, where there is no GPU
+    assert "4,000 tokens of training" in said
+    assert bt.SAE.load(tmp_path / "small").config.device == "auto"
+    metrics = [(folder / "metrics.jsonl").read_bytes() for folder in (run[0], tmp_path / "small")]
+    assert metrics[0] == metrics[1] or torch.cuda.is_available()
 
 def test_options_reach_the_configuration(tmp_path):
     arguments = options(without=["n_latents"], tokens=512, context=64)
@@ -117,9 +188,8 @@ def test_options_reach_the_configuration(tmp_path):
     (["train", "--device", "cuda:99"], 1, "'cuda:99' is not available.*--device cpu"),
     (["train", "--device", "meta"], 2, "'meta'; choose one of"), (["train", "--beta2", 0], 2, "beta2"),
     (["train", "--tokens", 1], 2, "tokens is 1; give a whole number from 2"),
-    (["train", "--preset", "huge"], 2, "'huge'.*tiny, gpt2-small, gemma-2-2b"),
-    (["train", "--layer", 4], 2, "no module 'transformer.h.4'"),
-    (["train", "--module", "h.x"], 2, "no module 'h.x'"),
+    (["train", "--layer", 4], 2, "layer is 4; the model has the blocks 0 to 3"),
+    (["train", "--module", "h.x"], 2, "no module 'h.x'; the nearest names are: transformer.h"),
     (["train", "--module", "transformer"], 2, "no tensor"), (["train", "--seed", 10**20], 2, "seed is"),
     (["train", "--expansion", 2, "--n-latents", 64], 2, "one of them"),
     *((["train", "--name", name, "--model", "nowhere"], 2, "one folder")
@@ -247,7 +317,11 @@ COMPARISON = ["compare", *options(without=["k"], tokens=1024, eval_tokens=256)]
 
 def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypatch):
     command = [*COMPARISON, "--activation", "batchtopk,topk", "--k", "4,8", "--seeds", 2, "--out", tmp_path]
-    printed = json.loads(invoke(*command, "--json").stdout)
+    monkeypatch.setattr(cli, "TIMED_SECONDS", 0)
+    result = invoke(*command, "--json")
+    said = "8 SAEs on the same 1,024 tokens; .*\nthe SAEs are on .*\nabout 1 min of training\n"
+    assert re.fullmatch(said, result.stderr), result.stderr
+    printed = json.loads(result.stdout)
     for r in printed["results"]:
         assert json.loads((tmp_path / r["name"] / "evaluation.json").read_text()).items() <= r.items()
     names = [f"{a}-k={k}-seed={seed}" for a in ("batchtopk", "topk") for k in (4, 8) for seed in (0, 1)]
@@ -257,7 +331,9 @@ def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypa
         assert r["batch"]["l0"] == pytest.approx(r["config"]["k"], rel=1e-3)
         assert bt.SAE.load(tmp_path / r["name"]).config == bt.RunConfig(**r["config"])
     monkeypatch.setattr(bt, "LanguageModel", None)  # what is finished is only printed
-    table = invoke(*command).stdout
+    again = invoke(*command)
+    table = again.stdout
+    assert again.stderr == ""
     a, b = (r["theta"]["fvu"] for r in printed["results"][:2])
     assert f"batchtopk   4  {(a + b) / 2:.4f} ±{abs(a - b) / 2**0.5:.4f}" in table
     assert not any(len(line.rstrip()) > 80 for line in table.splitlines() if "±0." in line)
@@ -271,6 +347,11 @@ def test_an_interrupted_comparison_continues_with_the_same_command(tmp_path, mon
     monkeypatch.undo()
     results = json.loads(invoke(*command, "--json").stdout)["results"]
     assert [r["name"] for r in results] == ["batchtopk-seed=0", "topk-seed=0"]
+
+def test_the_time_that_is_left_is_that_of_reading_and_of_steps():
+    cfg = bt.RunConfig(d_model=1, n_latents=64, tokens=500_000, eval_tokens=10_000, buffer_tokens=30_000)
+    start, first, now = (100.0, 0), (105.0, 512), (115.0, 20_512)  # 1e-4 s to read a token, 5e-4 s to train
+    assert cli.minutes_left(cfg, start, first, now) == math.ceil((500_000 - 20_512) * 6e-4 / 60) == 5
 
 @pytest.mark.parametrize("study", cli.STUDIES)
 def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, monkeypatch):
@@ -287,7 +368,7 @@ def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, mon
         assert lr == dataclasses.replace(none, lr=0.006)
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--k", "4;8"], "'4;8'"), (["--study", "all"], "'all'.*methods, k,"),
+    (["--k", "4;8"], "'4;8'"), 
     (["--recipe", "ours,mine"], "'mine'.*ours, paper"),
     (["--change", "layer=2"], "field to change is 'layer'.*activation, k,"), (["--change", "lr"], "lr is ''"),
     (["--activation", "relu"], "'relu'"), (["--batch-size", "1000,1024"], "1000.*batch_size")])
