@@ -250,8 +250,7 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     batches = whole_batches(batches, sae.config.batch_size, sae.W_dec.device)
     thresholds = [smallest(active_entries(sae, x, "batch")[1]) for x in batches]  # of the values; ∞ if none
     thresholds = [threshold for threshold in thresholds if threshold != math.inf]
-    theta = sum(thresholds) / max(1, len(thresholds))  # 0 if there is none
-    check_theta(theta)
+    theta = check_theta(sum(thresholds) / max(1, len(thresholds)))  # 0 if there is none
     sae.theta.fill_(theta)
     return theta
 
@@ -332,8 +331,9 @@ class Trainer:
 
     def adam_rates(self, name: str) -> tuple[float, float]:
         """A parameter's learning rate, and ε in its gradient's unit: x² (the loss's), for biases x."""
-        unit = self.x_std if name in ("b_enc", "b_dec") else DECODER_LR if name == "W_dec" else 1
-        return self.learning_rate() * unit, 1e-8 * self.x_std**2 / unit
+        unit = self.x_std if name in ("b_enc", "b_dec") else 1
+        factor = DECODER_LR if name == "W_dec" else 1
+        return self.learning_rate() * factor * unit, 1e-8 * self.x_std**2 / unit
 
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
         """Adam (Kingma & Ba 2015), in place, on rows [r, …]. count [r, 1] or [r]: of their gradients."""
@@ -372,25 +372,25 @@ def learn_thresholds_(sae: SAE, trainer: Trainer, stats: StepStats):
         trainer.last_threshold = stats.threshold
         update_theta_(sae, stats.threshold, trainer.steps)
 
-def train(cfg: Config, batches: Iterable[Tensor]) -> SAE:
+def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: False) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
     batches: any iterable of float tensors [n, D] of any n, shuffled. First some tokens are set aside for
     b_dec, x_std and θ: 5 % of cfg.tokens, at most cfg.eval_tokens, at least one batch. A generator has to
     give cfg.tokens after these; a list starts again when it ends, so then these are no longer held out.
+    on_step(tokens seen, [StepStats]) is called after each step; True ends training.
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
     stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # float32; generators end
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n_held_out))
-    if held_out:
-        trainer.initialize_(torch.cat(held_out))
+    trainer.initialize_(torch.cat(check_given(held_out, 0, cfg.tokens)))
     while trainer.tokens_seen < cfg.tokens:
-        x = next(stream, None)
-        if x is None:
-            raise InputError(f"the batches ended after {trainer.tokens_seen} of {cfg.tokens} tokens")
-        trainer.step(x[: cfg.tokens - trainer.tokens_seen])
+        x = check_given(next(stream, None), trainer.tokens_seen, cfg.tokens)
+        stats = trainer.step(x[: cfg.tokens - trainer.tokens_seen])
+        if on_step(trainer.tokens_seen, [stats]):
+            break
     calibrate(trainer.sae, held_out)
     return trainer.sae
 
@@ -448,10 +448,17 @@ def check_estimated(theta: Tensor):
     if theta.isnan():
         raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
 
-def check_theta(theta: float):
-    """InputError unless a calibrated θ is positive and finite."""
+def check_theta(theta: float) -> float:
+    """θ; InputError unless it is positive and finite."""
     if not 0 < theta < math.inf:
         raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
+    return theta
+
+def check_given(batches, tokens_seen: int, tokens: int):
+    """A batch or some batches; InputError if there are none, before all tokens were seen."""
+    if batches is None or not len(batches):
+        raise InputError(f"the batches ended after {tokens_seen} of {tokens} tokens")
+    return batches
 
 def check_variance(variance: float, x: Tensor):
     """InputError if the variance of tokens x [n, D] is no number, or they are all equal."""
@@ -915,7 +922,7 @@ def has_kernels(t: Tensor) -> bool:
 
 @functools.cache
 def kernels_run(device: torch.device) -> bool:
-    """Whether Triton works on a device: tried once. It needs a C compiler, and there are GPUs that it lacks."""
+    """Whether Triton works on a device: tried once. It needs a C compiler, and not every GPU will do."""
     try:
         one, starts = torch.ones(1, 1, device=device), torch.arange(2, device=device)
         return bool(launch_sums(one, starts[:1], one[0], starts) == 1)
@@ -949,7 +956,7 @@ def count_kernel(counts, z, least, B, BLOCK: tl.constexpr):
 
 @kernel
 def collect_kernel(latent, row, z, least, ends, n_before, l_first, B, capacity, BLOCK: tl.constexpr):
-    """latent, row = (~(z <= least[:, None])).nonzero().T, written from place n_before on, up to a capacity."""
+    """latent, row = (~(z <= least[:, None])).nonzero().T, written from n_before on, up to a capacity."""
     l = tl.program_id(0).to(tl.int64)
     start = tl.load(ends + l - 1, mask=l > 0, other=0)
     place = tl.load(n_before) + start
@@ -1062,7 +1069,8 @@ def two_sums(g, c, row, value, d_value, first, end, D, E: tl.constexpr, BLOCK: t
     return d_dec, d_enc
 
 @kernel
-def runs_kernel(runs, latent, row, value, d_value, g, c, D, RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+def runs_kernel(runs, latent, row, value, d_value, g, c, D,
+                RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
     """two_sums of each RUN entries in runs [m // RUN, 2, D], if they all are one latent's."""
     first, d = tl.program_id(0).to(tl.int64) * RUN, tl.arange(0, BLOCK)
     if tl.load(latent + first) == tl.load(latent + first + RUN - 1):
@@ -1103,7 +1111,8 @@ def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, squar
     for whole in range(run, last_run):
         d_dec += tl.load(runs + 2 * whole * D + d, mask=d < D, other=0.0)
         d_enc += tl.load(runs + (2 * whole + 1) * D + d, mask=d < D, other=0.0)
-    more_dec, more_enc = two_sums(g, c, row, value, d_value, tl.maximum(last_run * RUN, stop), end, D, E, BLOCK)
+    rest = tl.maximum(last_run * RUN, stop)
+    more_dec, more_enc = two_sums(g, c, row, value, d_value, rest, end, D, E, BLOCK)
     d_dec, d_enc = d_dec + more_dec, d_enc + more_enc
     if AUX:
         place = tl.load(aux_place + l)
@@ -1140,11 +1149,11 @@ def launch_update_(trainer, entries, starts, centred, g, d_b_enc, d_aux):
     if n_dead:
         place = torch.full_like(d_b_enc, -1, dtype=torch.int64)
         place[d_aux.dead] = torch.arange(n_dead, device=g.device)
-    state = [t for name in ("W_enc", "W_dec", "b_enc") for t in (getattr(sae, name).data, *trainer.adam[name])]
+    enc, dec, b = ((getattr(sae, name).data, *trainer.adam[name]) for name in ("W_enc", "W_dec", "b_enc"))
     (lr, epsilon), (lr_dec, _), (lr_b, epsilon_b) = map(trainer.adam_rates, ("W_enc", "W_dec", "b_enc"))
-    launch(update_kernel, (len(starts) - 1,), *state, row, value, d_value, starts, runs, g, centred, d_b_enc,
-           place, d_aux.W_enc, d_aux.W_dec, lr, lr_dec, lr_b, epsilon, epsilon_b, *log_betas(trainer.cfg), D,
-           AUX=n_dead > 0, **shape)
+    launch(update_kernel, (len(starts) - 1,), *enc, *dec, *b, row, value, d_value, starts, runs, g, centred,
+           d_b_enc, place, d_aux.W_enc, d_aux.W_dec, lr, lr_dec, lr_b, epsilon, epsilon_b,
+           *log_betas(trainer.cfg), D, AUX=n_dead > 0, **shape)
 
 # ---- 9. TopK and JumpReLU ------------------------------------
 
@@ -1227,7 +1236,8 @@ def jumprelu_entries(sae, centred, hint, dtype):
     coef, width = sae.penalty.tolist()
     if not coef:
         entries = find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
-        return StepEntries(*entries, own_gradients=lambda g: {"log_threshold": torch.zeros_like(sae.log_threshold)})
+        zero = torch.zeros_like(sae.log_threshold)
+        return StepEntries(*entries, own_gradients=lambda g: {"log_threshold": zero})
     lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
     latent, row, z = find_entries(sae, centred, lowest, None, dtype)
 
@@ -1949,8 +1959,9 @@ class ExportedSAE(nn.Module):
         rows = indices[0]
         assert bool((rows[1:] >= rows[:-1]).all()), "the rows in indices[0] do not ascend"
         assert rows.numel() == 0 or 0 <= int(rows[0]) and int(rows[-1]) < n_rows, "a row is not below n_rows"
-        x_hat = functional.embedding_bag(indices[1], self.W_dec, group_starts(rows, n_rows), mode="sum",
-                                         per_sample_weights=values.to(self.W_dec.dtype), include_last_offset=True)
+        starts, weights = group_starts(rows, n_rows), values.to(self.W_dec.dtype)
+        x_hat = functional.embedding_bag(indices[1], self.W_dec, starts, mode="sum",
+                                         per_sample_weights=weights, include_last_offset=True)
         return (x_hat + self.b_dec).float()
 
     @torch.jit.export
@@ -2120,8 +2131,8 @@ def trainer_state(trainer):
     numbers, adam = {}, {}
     for name, value in vars(trainer).items():
         if name not in ("cfg", "device", "sae", "adam"):
-            assert isinstance(value, (int, float)), f"{name} is a {type(value)}, which would not be saved"
-            numbers[name] = torch.tensor(value, dtype=torch.float64)
+            assert isinstance(value, (int, float, Tensor)), f"{name} is a {type(value)}: not saved"
+            numbers[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     for name, state in trainer.adam.items():
         adam |= {f"{name}.{part}": t for part, t in zip(("mean", "square", "count"), state)}
     parameters, buffers = dict(trainer.sae.named_parameters()), dict(trainer.sae.named_buffers())
@@ -2233,7 +2244,9 @@ class Processes:
         return self.sum_(places)
 
     def total(self, number) -> float:
-        return float(number) if self.size == 1 else float(self.sum_(torch.tensor(number, dtype=torch.float64)))
+        if self.size == 1:
+            return float(number)
+        return float(self.sum_(torch.tensor(number, dtype=torch.float64)))
 
     def least(self, values: Tensor) -> float:
         least = float(values.min()) if len(values) else math.inf

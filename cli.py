@@ -316,12 +316,14 @@ def left_out(lm):
     return (f"; {tokens:.2%} of the tokens are left out, with {variance:.1%} of the variance: their norms "
             f"are over {limit:.4g}")
 
+NUMBERS = "tokens", "k", "theta_value", "eval_tokens", "left_out", "dead", "rare", "step_seconds"
+
 def read_evaluation(run):
     """What train_runs found of a run."""
     path = run / "evaluation.json"
     with bt.explained(f"{str(path)!r} is damaged or of another version; `eval` measures the run again"):
         result = json.loads(path.read_text())
-        sum(result[name] for name in ("tokens", "k", "theta_value", "eval_tokens", "dead", "step_seconds"))
+        sum(result[name] for name in NUMBERS)
         sum(result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS)
         l0_quantiles(result["theta"]["l0_histogram"])
         return result  # all is there, and numbers
@@ -382,6 +384,9 @@ def show_metrics(result, as_json):
     out.print(table)
     low, middle, high = l0_quantiles(result["theta"]["l0_histogram"])
     tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over {high}.")
+    if "rare" in result:
+        tell("At the end of training {dead:.1%} of the latents are dead; {rare:.1%} fired on fewer than one "
+             "token in 100,000.".format(**result))
 
 def l0_quantiles(histogram):
     """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] tokens have count c."""
@@ -438,7 +443,8 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
     Args: configs, {name: RunConfig}, which may differ in the fields of OWN; on_step, called after each of the
         largest batches with the tokens seen and a list of each SAE's StepStats; if it returns True, the run
         is saved and ends in a KeyboardInterrupt; on_context, for evaluate_runs.
-    Returns: evaluate_runs' results, with "dead" (share of latents at the end) and "step_seconds" added.
+    Returns: evaluate_runs' results, and of each "step_seconds", "dead" (share of latents at the end) and
+        "rare" (that fired in fewer steps than one in RARE tokens, of the last COUNTED tokens).
     Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
         or a run that is finished; OSError for a file that cannot be written.
     """
@@ -471,16 +477,22 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
         results = evaluate_runs(saes, lm, (evaluation_ids, evaluation), on_context)
         for (name, trainer), result in zip(trainers.items(), results):
-            dead = bt.processes.total(int(trainer.sae.is_dead().sum())) / trainer.cfg.n_latents
-            result |= {"step_seconds": seconds[name], "dead": dead}
+            few = trainer.n_fired < min(COUNTED, cfg.tokens) / RARE
+            dead, rare = (bt.processes.total(int(which.sum())) / trainer.cfg.n_latents
+                          for which in (trainer.sae.is_dead(), few))
+            result |= {"step_seconds": seconds[name], "dead": dead, "rare": rare}
             write(folder / name / "evaluation.json", json.dumps(result))
         if bt.processes.rank == 0:
             for state in state_files(folder):
                 state.unlink()
     return results
 
+COUNTED, RARE = 1_000_000, 100_000  # tokens
+
 def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
     """The training of train_runs, from its start or its last saved state; it ends with a saved state."""
+    for trainer in trainers.values():
+        trainer.n_fired = torch.zeros_like(trainer.sae.tokens_since_fired)  # steps; saved with the rest
     tokens, at, records = load_state_(folder, trainers, seconds)
     for name, trainer in trainers.items():
         write(folder / name / "config.json", bt.config_json(trainer.cfg))
@@ -496,7 +508,11 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
             x, stats = x.float(), []
             for name, trainer in trainers.items():
                 started = time.perf_counter()
-                stats.append([trainer.step(part) for part in x.split(trainer.cfg.batch_size)][-1])
+                for part in x.split(trainer.cfg.batch_size):
+                    last = trainer.step(part)
+                    if trainer.tokens_seen > cfg.tokens - COUNTED:
+                        trainer.n_fired += trainer.sae.tokens_since_fired == 0
+                stats.append(last)
                 seconds[name] += time.perf_counter() - started
             before, tokens, at = tokens, tokens + len(x), after
             if passed(cfg.tokens / 100, before, tokens):
@@ -566,8 +582,8 @@ def load_state_(folder, trainers, seconds):
         for name, trainer in trainers.items():
             for key, t in bt.trainer_state(trainer).items():
                 t.copy_(saved[f"{name}/{key}"])
-                if key in vars(trainer):
-                    setattr(trainer, key, type(getattr(trainer, key))(t))  # an int or a float
+                if isinstance(vars(trainer).get(key), (int, float)):
+                    setattr(trainer, key, type(getattr(trainer, key))(t))
         at, spent, records = json.loads(saved["json"].numpy().tobytes())
     seconds.update(spent)
     return tokens, bt.Position(*at), records
@@ -881,20 +897,22 @@ COLUMNS = (("theta", "fvu", "{:.4f} ±{:.4f}"), ("batch", "fvu", "{:.4f}"), ("th
 def show_comparison(names, groups):
     """A row for each setting: mean ± standard deviation over the results of its seeds."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (*names, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "s"):
+    for name in (*names, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "rare", "s"):
         table.add_column(name, justify="left" if name in names else "right", no_wrap=True)
     for key, group in groups.items():
         cells = list(key)
         for selection, metric, form in COLUMNS:
             form = form if len(group) > 1 else form.split(" ±")[0]
             cells.append(form.format(*mean_and_spread(group, metric, selection)))
-        dead, seconds = (mean(result[name] for result in group) for name in ("dead", "step_seconds"))
-        table.add_row(*cells, f"{dead:.1%}", f"{seconds:.0f}")
+        for name, form in (("dead", "{:.1%}"), ("rare", "{:.1%}"), ("step_seconds", "{:.0f}")):
+            cells.append(form.format(mean(result[name] for result in group)))
+        table.add_row(*cells)
     out.print(table, width=max(out.width, 120), crop=False)
     [first, *more] = next(iter(groups.values()))
     seeds = f"Mean ± standard deviation over {len(more) + 1} seeds" if more else "One seed"
-    tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out. L0: with θ; ce: loss added, nats per "
-         "token; dead: at the end; s: seconds in the SAE's own steps.".format(seeds, **first))
+    tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
+         "their norm. L0: with θ; ce: loss added, nats per token; dead: at the end; rare: fired on fewer "
+         "than one token in 100,000; s: seconds in the SAE's own steps.".format(seeds, **first))
 
 STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"),
           "jumprelu": ("#737373", "^", ":", "JumpReLU")}

@@ -102,7 +102,8 @@ def measure_shape(cfg, repeat):
     MiB at the peak beside weights and moments; launches and waits; the device's milliseconds by operation."""
     device = bt.resolve_device(cfg.device)
     half = bt.choose_dtype("auto", device)
-    endless, W_enc = itertools.cycle(synthetic_batches(cfg, device)), bt.SAE(cfg).W_enc.detach().to(device, half)
+    endless = itertools.cycle(synthetic_batches(cfg, device))
+    W_enc = bt.SAE(cfg).W_enc.detach().to(device, half)
 
     def step(n_dead=0, **changes):
         trainer = bt.Trainer(dataclasses.replace(cfg, **changes))
@@ -140,11 +141,14 @@ def profiled(run, device, steps=3):
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
         seconds(lambda: [run() for _ in range(steps)], device)  # waits twice itself
     found = profiler.key_averages()
-    calls = {word: sum(e.count for e in found if re.search(word, e.key)) for word in ("[lL]aunchKernel", "Synchronize")}
-    time_of = {e.key: getattr(e, f"self_{'device' if on_gpu else 'cpu'}_time_total") / 1e3 / steps for e in found}
-    kernels = {key[:60]: t for key, t in sorted(time_of.items(), key=lambda item: -item[1])[:15] if t}
-    counted = {"launches": calls["[lL]aunchKernel"] / steps, "waits": (calls["Synchronize"] - 2) / steps}
-    return {"by_operation": kernels, **(counted if on_gpu else {})}
+    time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found.sort(key=lambda event: -getattr(event, time))
+    result = {"by_operation": {e.key[:60]: getattr(e, time) / 1e3 / steps for e in found[:15]}}
+    if on_gpu:
+        launches, waits = (sum(e.count for e in found if re.search(word, e.key))
+                           for word in ("[lL]aunchKernel", "Synchronize"))
+        result |= {"launches": launches / steps, "waits": (waits - 2) / steps}
+    return result
 
 def show_shapes(results, device):
     """One table with a column for each shape, then what each operation of a step takes."""
@@ -380,8 +384,8 @@ def main(arguments=None):
         ("figure", Path, None, "draw what each idea saves into this PNG"),
     ]:
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--shapes", nargs="*", metavar="DxFxB", help=f"one table for these; without any the four "
-                        f"that the project's targets are for: {' '.join(SHAPES)}")
+    parser.add_argument("--shapes", nargs="*", metavar="DxFxB",
+                        help=f"one table for these; without any: {' '.join(SHAPES)}")
     parser.add_argument("--shared", action="store_true", help="time the step of torchrun's processes")
     parser.add_argument("--export", nargs="?", const="", metavar="FILE", help="time an exported encoder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

@@ -453,6 +453,21 @@ def test_a_run_leaves_its_metrics_and_reports_them(lm, finished):
         assert again == {key: result[key] for key in again} and result["tokens"] == 3000
         assert result["dead"] == float(sae.is_dead().float().mean()) and result["step_seconds"] > 0
 
+def test_rare_latents_fired_in_few_steps_of_the_last_tokens(lm, data, tmp_path, monkeypatch):
+    for name, value in (("COUNTED", 1024), ("RARE", 300)):
+        monkeypatch.setattr(cli, name, value)
+    cfg, fired, step = configs(data)["batch"], [], bt.Trainer.step
+
+    def watched(trainer, x):
+        stats = step(trainer, x)
+        fired.append(trainer.sae.tokens_since_fired == 0)
+        return stats
+    monkeypatch.setattr(bt.Trainer, "step", watched)
+    [result] = cli.train_runs({"": cfg}, lm, tmp_path / "run")
+    last = [(i + 1) * cfg.batch_size > cfg.tokens - 1024 for i in range(len(fired))]
+    rare = sum(f for f, counts in zip(fired, last) if counts) < 1024 / 300
+    assert 0 < result["rare"] == float(rare.float().mean()) < 1
+
 def test_cross_entropy_is_measured_on_a_bounded_number_of_contexts_from_all_held_out_text(lm, finished):
     """Bug here once: on the first quarter in the order of the documents, which is a few of them."""
     sae, seen, told = bt.SAE.load(finished[0] / "batch"), [], []

@@ -28,9 +28,10 @@ def test_bench_measures_several_shapes_in_one_table(capsys):
     table = capsys.readouterr().out
     bench.main([*arguments, "--json"])
     results = json.loads(capsys.readouterr().out)
-    assert [r["shape"] for r in results] == ["16x64x32", "8x48x16"] and max(map(len, table.splitlines())) <= 110
+    assert [r["shape"] for r in results] == ["16x64x32", "8x48x16"]
+    assert max(map(len, table.splitlines())) <= 110
     for r in results:
-        assert {"step", "step, 1 % dead", "dense step, autocast", "encoder product"} <= {*r["ms"]} == {*r["mib"]}
+        assert {"step", "step, 1 % dead", "dense step, autocast"} <= {*r["ms"]} == {*r["mib"]}
         assert min(r["ms"].values()) > 0 and len(r["by_operation"]) == 15
         for name in r["ms"]:
             assert f"\n{name:<24}" in table

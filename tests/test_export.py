@@ -274,8 +274,10 @@ print(peak() - before)
 @pytest.mark.parametrize("what, rows, d, n_latents, limit", [
     ("encode_sparse", 100_000, 64, 4096, 200), ("reconstruct", 4096, 256, 16384, 160)])
 def test_memory_is_that_of_the_active_entries(what, rows, d, n_latents, limit, tmp_path):
-    """100,000 rows once took 1.7 GB for 61 MB of entries; a matrix of 4096 × 16384 has 256 MiB. Bug later: how
-    much memory it took depended on where the entries stood when a buffer had to double: 148 to 201 MB."""
+    """100,000 rows once took 1.7 GB for 61 MB of entries; a matrix of 4096 × 16384 has 256 MiB.
+
+    Bug later: memory depended on which row made a buffer double, 148 to 201 MB.
+    """
     sae = bt.SAE(bt.Config(d_model=d, n_latents=n_latents, k=32, device="cpu"))
     z = sae.pre_activations(torch.randn(256, d, generator=torch.Generator().manual_seed(0))).detach()
     sae.theta.fill_(z.flatten().topk(32 * 256).values.min())

@@ -23,7 +23,8 @@ import test_method
 from conftest import Planted, same_tensors
 from test_method import ACTIVATIONS, CASES, config, randn, random_sae
 
-pytestmark = [pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1"),
               pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")]  # of NumPy, for NaN
 
 @contextlib.contextmanager
@@ -58,7 +59,8 @@ def test_collect_is_nonzero(n_latents, n_rows, dtype, threshold):
     assert torch.equal(bt.collect(z, least), expected)
     with operators():
         flat = bt.flat_above(z, least)
-    assert torch.equal(bt.flat_above(z, least), flat) and torch.equal(flat, expected[0] * n_rows + expected[1])
+    assert torch.equal(flat, expected[0] * n_rows + expected[1])
+    assert torch.equal(bt.flat_above(z, least), flat)
 
 def test_collect_continues_where_it_stopped_and_stops_where_there_is_no_room():
     z, found = randn(9, 33), torch.zeros(1, dtype=torch.int64)
@@ -197,7 +199,8 @@ def test_a_frequent_latent_is_summed_in_runs(d_model, monkeypatch):
     for seed, sizes in enumerate([(3, 40, 0, 2), (0, 8, 8, 1), (5, 2, 30, 30), (7, 9, 0, 0), (1, 1, 1, 4)]):
         cfg = config(n_latents=4, beta1=0.0, d_model=d_model)
         latent = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
-        row, value, d_value = torch.arange(len(latent)) % 40, randn(len(latent), seed=seed), randn(len(latent))
+        row, value = torch.arange(len(latent)) % 40, randn(len(latent), seed=seed)
+        d_value = randn(len(latent))
         g, centred, states = randn(40, d_model, seed=1), randn(40, d_model, seed=2), []
         nothing = bt.AuxGradient(latent[:0], g[:0], g[:0, 0], g[:0])
         for context in (operators, contextlib.nullcontext):
@@ -216,7 +219,8 @@ def test_what_is_not_finite_is_an_error_before_anything_changes():
     trainer, x = bt.Trainer(config(dead_tokens=32)), randn(16, 12)
     for i in range(3):
         trainer.step(randn(16, 12, seed=i))
-    for name, bad in (("x", math.nan), ("x", math.inf), ("W_enc", math.nan), ("b_enc", math.inf), ("W_dec", math.nan)):
+    for name, bad in [("x", math.nan), ("x", math.inf), ("W_enc", math.nan), ("b_enc", math.inf),
+                      ("W_dec", math.nan)]:
         broken, wrong = copy.deepcopy(trainer), x.clone()
         (wrong if name == "x" else getattr(broken.sae, name).data).view(-1)[5] = bad
         before = copy.deepcopy(bt.trainer_state(broken))
@@ -307,7 +311,8 @@ class Host(TorchDispatchMode):
 
 @pytest.mark.parametrize("n_dead, aux_k, most", [(0, 512, 75), (5, 512, 90), (5, 3, 90)])
 def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most):
-    trainer = bt.Trainer(config(n_latents=24, dead_tokens=10**6, aux_k=aux_k, encoder_dtype="bfloat16", batch_size=48))
+    trainer = bt.Trainer(config(n_latents=24, batch_size=48, dead_tokens=10**6, aux_k=aux_k,
+                                encoder_dtype="bfloat16"))
     trainer.sae.b_enc.data[:n_dead] = -100.0
     for i in range(3):
         trainer.sae.tokens_since_fired[:n_dead] = 10**7 if i == 1 else 10**7 + 48 * i
@@ -320,7 +325,8 @@ def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most):
     assert stats.dead == n_dead and bool(stats.aux) == bool(n_dead)
     assert host.waited == ["tolist"]
     assert host.launched.total() <= most, host.launched.most_common()
-    assert {"count_kernel", "collect_kernel", "dots_kernel", "sums_kernel", "update_kernel"} <= {*host.launched}
+    kernels = {"count_kernel", "collect_kernel", "dots_kernel", "sums_kernel", "update_kernel"}
+    assert kernels <= {*host.launched}
 
 # What the interpreter does not notice
 
@@ -345,7 +351,8 @@ def compile_kernels():
     for kernel, constants in variants:
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
-        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        places = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, places)
         assert bt.triton.compile(source, GPUTarget("cuda", 90, 32)).asm["cubin"]
         print(kernel.__name__)
 

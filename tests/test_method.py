@@ -518,6 +518,18 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero():
     peaks = [bt.Trainer(cfg).learning_rate() for cfg in default]
     assert peaks == pytest.approx([5e-3, 3e-3, 3e-3 * 10**-0.9])
 
+def test_training_tells_of_each_step_and_ends_when_told_to(planted):
+    seen = []
+
+    def on_step(tokens, stats):
+        seen.append((tokens, *stats))
+        return tokens == 64
+    sae = bt.train(config(d_model=48, tokens=160), planted.stream(16), on_step)
+    assert [tokens for tokens, _ in seen] == [16, 32, 48, 64] and seen[-1][1].l0 == 3 and sae.theta > 0
+    seen.clear()
+    bt.train(config(d_model=48, tokens=40), planted.stream(16), on_step)
+    assert [tokens for tokens, _ in seen] == [16, 32, 40]
+
 def test_batches_may_come_in_any_sizes(planted):
     x, cfg = planted.batch(1000, 0), config(d_model=48, tokens=1500, batch_size=64)  # a list is repeated
     shapes = [x], [x[:1], x[1:700], x[700:703], x[703:]], [x.view(50, 20, 48)], x
@@ -601,8 +613,9 @@ def test_the_first_search_holds_few_entries(monkeypatch):
     assert len(value) == 192 and max(map(len, found)) < 4 * 192 and sum(map(len, found)) < 20 * 192
 
 def test_a_gpus_search_is_seldom_repeated(planted):
-    """Only if fewer than n entries or more than it can hold exceed its hint: after the first few steps never."""
-    trainer, repeated = bt.Trainer(config(d_model=48, n_latents=128, k=4, batch_size=2048, tokens=80 * 2048)), []
+    """Only if fewer than n entries or more than it can hold exceed its hint: never after a few steps."""
+    cfg, repeated = config(d_model=48, n_latents=128, k=4, batch_size=2048, tokens=80 * 2048), []
+    trainer = bt.Trainer(cfg)
     for i in range(80):
         x, hint = planted.batch(2048, i), bt.HINT * trainer.last_threshold
         above = int((trainer.sae.pre_activations(x) > hint).sum())
