@@ -34,6 +34,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import threading
 import warnings
@@ -93,7 +94,7 @@ class Config:
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", high=1)
     beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99); < 1", high=1)
     warmup: float = option(0.02, "share of the run in which the learning rate rises", high=1)
-    decay: float = option(0.3, "share of the run in which the learning rate falls to 0", high=1)
+    decay: float = option(0.6, "share of the run in which the learning rate falls to 0", high=1)
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
@@ -1976,7 +1977,10 @@ def torchscript_files(sae, x, dtype):
 
     flipped: entries active in one of the two alone; largest_difference: of the other entries.
     """
-    scripted, file, pairs = torch.jit.script(ExportedSAE(sae, dtype).eval()), io.BytesIO(), []
+    file, pairs, version = io.BytesIO(), [], platform.python_version()
+    with explained(f"torch {torch.__version__} makes no TorchScript under Python {version}; take Python 3.13 or "
+                   "older, or one of the other formats", Unavailable):
+        scripted = torch.jit.script(ExportedSAE(sae, dtype).eval())
     data = scripted.save_to_buffer(_extra_files={"config.json": config_json(sae.config)})
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
         for part in old.infolist():

@@ -269,6 +269,16 @@ with torch.no_grad():
 print(peak() - before)
 """
 
+def test_where_torchscript_fails_the_error_says_what_works(tmp_path, monkeypatch):
+    """As under Python 3.14 with some versions of torch."""
+    def fail(module):
+        raise RuntimeError("unsupported")
+    monkeypatch.setattr(torch.jit, "script", fail)
+    sae = bt.SAE(bt.Config(d_model=8, n_latents=16, k=2, device="cpu"))
+    sae.theta.fill_(1.0)
+    with pytest.raises(bt.Unavailable, match="TorchScript under Python .* other formats"):
+        bt.export(sae, tmp_path / "encoder.pt")
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("what, rows, d, n_latents, limit", [
