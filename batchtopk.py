@@ -81,7 +81,7 @@ def option(default, doc, *choices, low=0, high=math.inf):
 class Config:
     """What training depends on beside the data. InputError for a value that cannot work."""
 
-    # "(paper: 4096)": the paper's value is 4096. "(paper)": it is the same; "(authors)": that of its code is
+    # (paper: 4096): what the paper uses. (paper), (authors): the default is the paper's, or their code's
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
@@ -203,7 +203,7 @@ def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     aux = auxiliary_loss(sae, x, residual.detach())
     return mse + sae.config.aux_coef * aux, mse, aux, f
 
-AUX_SHARE = 1 / 192  # ours, for speed: L_aux computes at most this share of Z, or one token of it
+AUX_SHARE = 1 / 192  # ours, for speed: L_aux computes at most this share of Z, but always one token
 
 def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
     """L_aux (Gao et al. 2024; paper, section 3): dead latents reconstruct what the live ones left over.
@@ -237,7 +237,7 @@ def running_rate(rate, n):
 def update_theta_(sae: SAE, threshold: float, n: int):
     """θ = E[threshold of a batch] (paper, equation 4) as a running average, after the n-th training step.
     With it encode works during training; `train` ends with calibrate, which replaces it."""
-    rate = running_rate(THETA_RATE, n)  # NaN until now: the average would stay NaN
+    rate = running_rate(THETA_RATE, n)  # 1 at first, when θ is NaN and would stay so
     sae.theta.nan_to_num_(threshold).mul_(1 - rate).add_(rate * threshold)
 
 @functools.singledispatch
@@ -249,7 +249,7 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     others. InputError if no batch has a positive entry.
     """
     batches = whole_batches(batches, sae.config.batch_size, sae.W_dec.device)
-    thresholds = [smallest(active_entries(sae, x, "batch")[1]) for x in batches]  # of the values; ∞ if none
+    thresholds = [smallest(active_entries(sae, x, "batch")[1]) for x in batches]  # ∞: none positive
     thresholds = [threshold for threshold in thresholds if threshold != math.inf]
     theta = check_theta(sum(thresholds) / max(1, len(thresholds)))  # 0 if there is none
     sae.theta.fill_(theta)
@@ -282,7 +282,7 @@ class Trainer:
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = make_sae(cfg, self.device)
         self.tokens_seen, self.steps = 0, 0
-        self.x_std = self.variance = 0.0  # per coordinate, summed over D; 0: initialize_ was not called
+        self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
         self.adam = {s: adam_state(p.data) for s, p in self.sae.named_parameters()}  # mean, square, count
 
@@ -308,7 +308,7 @@ class Trainer:
         self.tokens_seen += len(x)
         self.steps += 1
         stats = StepStats(total, mse, aux, mse / self.variance, l0, dead, threshold, lr)
-        learn_thresholds_(self.sae, self, stats)  # here θ
+        learn_thresholds_(self.sae, self, stats)  # for BatchTopK: θ
         return stats
 
     def learning_rate(self) -> float:
@@ -383,7 +383,7 @@ def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: 
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # float32; generators end
+    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # in float32
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n_held_out))
     trainer.initialize_(torch.cat(check_given(held_out, 0, cfg.tokens)))
@@ -559,7 +559,7 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
         yield torch.cat(pending)
 
 def whole_batches(chunks, size, device):
-    """rebatch, without a shorter last batch if there are others: what it keeps says little of them."""
+    """rebatch, without a shorter last batch if there are others: its threshold says little about theirs."""
     batches = rebatch(chunks, size, device)
     yield from itertools.islice(batches, 1)
     yield from (x for x in batches if len(x) == size)
@@ -570,18 +570,18 @@ def whole_batches(chunks, size, device):
 # An entry has a latent, a row (its token) and a value. Four operations do the work: find_entries, dots,
 # sum_rows and update_latents_.
 
-CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 24}  # pre-activations held at a time; 16 MiB fit a CPU's cache
+CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
-BFLOAT16_ERROR = 0.01  # entries are nominated if their product may be too small by this share of it
+BFLOAT16_ERROR = 0.01  # bfloat16 may err by this share of a product: it nominates what is so close below
 HINT = 0.95  # the search starts at this share of the last step's threshold
 
 @torch.no_grad()
 def sparse_step(trainer: Trainer, x: Tensor):
-    """plain_step at the kept entries alone; under torchrun, those of this process's latents."""
+    """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
     sae, cfg, (dead, n_dead) = trainer.sae, trainer.cfg, dead_latents(trainer.sae)
     centred, dtype = (x - sae.b_dec).contiguous(), choose_dtype(cfg.encoder_dtype, x.device)
-    for hint in (HINT * trainer.last_threshold, 0.0):
-        latent, row, value, attempt, l0_coef, own_gradients = step_entries(sae, centred, hint, dtype)
+    for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
+        latent, row, value, found, l0_coef, own_gradients = step_entries(sae, centred, hint, dtype)
         row_sorted, order = row.sort(stable=True)
         x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row_sorted, len(x)))
         residual = centred - processes.sum_(x_hat)  # X - X̂: f W_dec summed over entries
@@ -599,20 +599,22 @@ def sparse_step(trainer: Trainer, x: Tensor):
         fired = starts[1:] > starts[:-1]
         silent = (sae.tokens_since_fired + len(x)).masked_fill_(fired, 0)
         threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
-        numbers = torch.stack([mse, aux, threshold, (silent >= cfg.dead_tokens).sum()])
+        n_silent = (silent >= cfg.dead_tokens).sum(dtype=torch.float32)
+        numbers = torch.stack([mse, aux, threshold, n_silent, mse if found is None else found])
         numbers = processes.gather(numbers).tolist()  # the one wait of a GPU; nothing has changed before it
         check_finite(numbers[0][0], trainer.tokens_seen)
-        if not attempt or numbers[0][2] > 0:
+        most = CANDIDATES * cfg.n_kept(len(x))
+        if found is None or numbers[0][2] > hint and numbers[0][4] <= most:
             break
     # Update
-    for name, d in own_gradients(g).items():
-        update_vector_(trainer, name, d)
-    update_vector_(trainer, "b_dec", d_b_dec)
+    own = own_gradients(g)  # of W_dec as it was
     update_latents_(trainer, (latent, row, value, d_value), starts, fired, centred, g, d_b_enc, d_aux)
+    for name, d in {"b_dec": d_b_dec, **own}.items():
+        update_vector_(trainer, name, d)
     sae.tokens_since_fired.copy_(silent)
-    mse, aux, _, mine = numbers[processes.rank]
-    _, _, thresholds, n_dead = zip(*numbers)
-    remember_dead(sae, int(mine), int(sum(n_dead)))
+    mse, aux, _, n_own_dead, _ = numbers[processes.rank]
+    _, _, thresholds, n_dead, _ = zip(*numbers)
+    remember_dead(sae, int(n_own_dead), int(sum(n_dead)))
     l0 = processes.total(len(value)) / len(x)
     return mse + cfg.aux_coef * aux + l0_coef * l0, mse, aux, l0, int(sum(n_dead)), min(thresholds)
 
@@ -623,32 +625,34 @@ class StepEntries(NamedTuple):
     latent: Tensor
     row: Tensor
     value: Tensor
-    attempt: bool = False  # by nominate: if a value is 0 the hint was no good
+    found: Tensor | None = None  # of try_largest, which may have failed: how many it found
     l0_coef: float = 0.0  # the loss has this times l0
-    own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda g: {}  # of parameters that only it has
+    own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda g: {}  # of its own parameters
 
 @functools.singledispatch
 def step_entries(sae, centred, hint, dtype) -> StepEntries:
     """The entries that a training step keeps of x - b_dec = centred."""
-    return StepEntries(*search(sae, centred, "step", hint, dtype))
+    return StepEntries(*batchtopk_entries(sae, centred, hint, dtype))
+
+def batchtopk_entries(sae, centred, hint, dtype):
+    """The first fields of StepEntries for a BatchTopK SAE."""
+    n = sae.config.n_kept(len(centred))
+    if hint and has_kernels(centred) and processes.size == 1:
+        return try_largest(sae, centred, hint, n, dtype)
+    return find_entries(sae, centred, hint, n, dtype)
 
 @functools.singledispatch
 def search(sae, centred, selection, hint, dtype=torch.float32):
-    """latent, row and value of the active entries, by latent, then row. hint: see find_entries.
-
-    "step" is "batch" without a wait where there are kernels; the result then is an attempt: see StepEntries.
-    """
-    n = sae.config.n_kept(len(centred))
+    """latent, row and value of the active entries, by latent, then row. hint: see find_entries."""
     if selection == "theta":
         return find_entries(sae, centred, sae.get_theta(), None, dtype)
-    if selection == "step" and hint and has_kernels(centred) and processes.size == 1:
-        return *nominate(sae, centred, hint, n, dtype), True
-    return find_entries(sae, centred, hint, n, dtype)
+    return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
 
 def dead_latents(sae):
     """The dead latents of this process, ascending, and how many dead latents all processes have.
 
-    These numbers are known from the step before, if nobody has changed the counters: the host need not wait.
+    These numbers are known from the step before, if nobody has changed the counters (which must not be done
+    through .data): the host need not wait.
     """
     silent = sae.tokens_since_fired
     version, mine, total = getattr(silent, "dead", (None, 0, 0))
@@ -657,25 +661,11 @@ def dead_latents(sae):
         total = int(processes.total(mine))
     if not mine:
         return torch.empty(0, dtype=torch.int64, device=silent.device), total
-    return sae.is_dead().nonzero_static(size=mine).squeeze(1), total
+    return sae.is_dead().nonzero_static(size=mine, fill_value=len(silent)).squeeze(1), total
 
 def remember_dead(sae, mine: int, total: int):
     """Keep for dead_latents how many there are: at the counters, with their version."""
     sae.tokens_since_fired.dead = sae.tokens_since_fired._version, mine, total
-
-def sparse_entries(sae, x, selection):
-    """SAE.encode_sparse without a matrix [B, F]; it computes in float32."""
-    check_choice("selection", selection, ("theta", "batch"))
-    rows, hint = sae.as_rows(x), HINT * float(sae.theta.nan_to_num(0.0))
-    size = 4096 if selection == "theta" else max(1, len(rows))  # with θ rows are independent: some at a time
-    indices, values = [rows.new_empty(2, 0, dtype=torch.int64)], [rows.new_empty(0, dtype=torch.float32)]
-    for start in range(0, len(rows), size):
-        centred = (rows[start : start + size].float() - sae.b_dec.float()).contiguous()
-        latent, row, value = search(sae, centred, selection, hint)
-        order = row.argsort(stable=True)
-        indices.append(torch.stack([start + row[order], latent[order]]))
-        values.append(value[order])
-    return torch.cat(indices, dim=1), torch.cat(values)
 
 # Operation 1: find entries
 
@@ -772,7 +762,7 @@ def flat_above(z, least):
 # Operation 2: dot products at entries
 
 def dots(a, b, i, j):
-    """[m]: the products a[i_e] · b[j_e] of rows of a and b, for ascending i."""
+    """[m]: the products a[i_e] · b[j_e] of rows of a and b. i must ascend."""
     if has_kernels(a):
         return launch_dots(a, b, i, j)
     with warnings.catch_warnings(action="ignore"):  # sparse CSR tensors are in beta
@@ -798,38 +788,38 @@ def sum_rows(rows, which, weights, starts):
 def update_latents_(trainer, entries, starts, fired, centred, g, d_b_enc, d_aux):
     """Trainer.update_ of W_enc, W_dec and b_enc for the latents that got a gradient.
 
-    The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec). They are
-    computed for a block of latents at a time and used at once, while they and the rows are in the cache.
+    The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec).
     Args: entries, (latent, row, value, d_value); starts, group_starts of latent; fired [F]; d_b_enc [F];
         d_aux, what L_aux adds for the dead latents.
     """
     if has_kernels(g) and g.shape[1] <= WIDEST:
         return launch_update_(trainer, entries, starts, centred, g, d_b_enc, d_aux)
+    # For a block of latents at a time, so that gradients and rows are used while they are in the cache
     _, row, value, d_value = entries
     learning = fired.index_fill(0, d_aux.dead[d_aux.W_dec.any(1)], True)
     size = UPDATE_ENTRIES[g.device.type] // g.shape[1] + 1
     for first in range(0, len(learning), size):
         part = slice(first, min(first + size, len(learning)))
         rows = first + learning[part].nonzero().squeeze(1)
-        most = 2 * len(rows) > part.stop - first
-        if most:  # then it is faster to step all of the block
+        nearly_all = 2 * len(rows) > part.stop - first
+        if nearly_all:  # then it is faster to step all of the block
             rows = torch.arange(first, part.stop, device=g.device)
         bounds = starts[torch.cat([rows, rows.new_tensor([part.stop])])]
-        mine = slice(int(bounds[0]), int(bounds[-1]))
-        bounds = bounds - mine.start
+        span = slice(int(bounds[0]), int(bounds[-1]))
+        bounds = bounds - span.start
 
         def update_(name, d):
-            if most:
+            if nearly_all:
                 update_block_(trainer, name, d, part, ~learning[part])
             else:
                 trainer.update_(name, d, rows)
 
         dead = torch.isin(d_aux.dead, rows)
         places = torch.searchsorted(rows, d_aux.dead[dead])
-        d_W_dec = sum_rows(g, row[mine], value[mine], bounds)
+        d_W_dec = sum_rows(g, row[span], value[span], bounds)
         update_("W_dec", d_W_dec.index_add_(0, places, d_aux.W_dec[dead]))
         del d_W_dec
-        d_W_enc = sum_rows(centred, row[mine], d_value[mine], bounds)
+        d_W_enc = sum_rows(centred, row[span], d_value[span], bounds)
         update_("W_enc", d_W_enc.index_add_(0, places, d_aux.W_enc[dead]))
         update_("b_enc", d_b_enc[rows])
 
@@ -853,7 +843,7 @@ def update_vector_(trainer, name, g):
 # The auxiliary loss, dense over the dead latents
 
 class AuxGradient(NamedTuple):
-    """α · L_aux's gradient, for the dead latents; that of W_dec is 0 where a latent got none.
+    """Gradient of α · L_aux for the dead latents; rows of W_dec are 0 for those outside the k_aux largest.
 
     L_aux has b_dec in Z alone, so its gradient follows from that of b_enc.
     """
@@ -885,6 +875,20 @@ def auxiliary_gradient(sae, centred, residual, dead, n_dead: int) -> tuple[Tenso
         d_z.mul_(kept)
     return aux, AuxGradient(dead, d_z.T @ centred, d_z.sum(0), f.T @ g)
 
+def sparse_entries(sae, x, selection):
+    """SAE.encode_sparse without a matrix [B, F]; it computes in float32."""
+    check_choice("selection", selection, ("theta", "batch"))
+    rows, hint = sae.as_rows(x), HINT * float(sae.theta.nan_to_num(0.0))
+    size = 4096 if selection == "theta" else max(1, len(rows))  # with θ rows are independent: some at a time
+    indices, values = [rows.new_empty(2, 0, dtype=torch.int64)], [rows.new_empty(0, dtype=torch.float32)]
+    for start in range(0, len(rows), size):
+        centred = (rows[start : start + size].float() - sae.b_dec.float()).contiguous()
+        latent, row, value = search(sae, centred, selection, hint)
+        order = row.argsort(stable=True)
+        indices.append(torch.stack([start + row[order], latent[order]]))
+        values.append(value[order])
+    return torch.cat(indices, dim=1), torch.cat(values)
+
 def choose_dtype(name, device):
     """What one of DTYPES stands for; "auto" for bfloat16 if the hardware multiplies it.
 
@@ -900,21 +904,22 @@ def choose_dtype(name, device):
 # ---- 8. The four operations as kernels for GPUs --------------
 
 # A step of PyTorch's operators launches hundreds of kernels and waits for the device whenever a tensor's size
-# depends on what was found. These Triton kernels need neither: sizes are fixed, and how many entries there
-# are stays on the GPU. There are no atomic additions, so that the order of entries and sums is always the
-# same. Beside each stands the operator that it replaces. TRITON_INTERPRET=1 runs them on a CPU, for tests.
+# depends on what was found. These Triton kernels need neither: sizes are fixed, and the number of entries
+# stays on the GPU. No atomic additions: sums always have the same order. The docstrings give the operator
+# that a kernel replaces. TRITON_INTERPRET=1 runs them on a CPU, for tests.
 
 try:
     import triton
     import triton.language as tl
-    kernel = triton.jit
+    # also for functions that kernels call; counts that differ in every call are no reason to compile again
+    kernel = functools.partial(triton.jit, do_not_specialize=["l_first", "capacity", "n"])
 except Exception:  # not installed, or not working: the operators do it
     triton, kernel = None, lambda function: function
 
 CANDIDATES = 4  # the search holds at most this multiple of the entries that are kept
-KERNEL_ENTRIES = 1 << 28  # pre-activations held at a time by nominate
+KERNEL_ENTRIES = 1 << 27  # pre-activations held at a time by try_largest
 WIDEST = 4096  # the widest rows that one program of the update holds
-RUN = 64  # entries that are summed ahead if all are one latent's, so that none keeps a program busy for long
+RUN = 64  # so many entries of one latent are summed by programs of their own: none is the last to finish
 
 def has_kernels(t: Tensor) -> bool:
     """Whether operations on this tensor run as kernels."""
@@ -934,7 +939,8 @@ def kernels_run(device: torch.device) -> bool:
 
 def launch(kernel, grid, out, *arguments, **options):
     """Run a kernel with a program for each place of the grid, on the device of the tensor `out`."""
-    assert all(t.is_contiguous() for t in arguments if isinstance(t, Tensor)), "kernels read rows as they lie"
+    tensors = (t for t in (out, *arguments) if isinstance(t, Tensor))
+    assert all(t.is_contiguous() for t in tensors), "kernels read rows as they lie"
     with torch.cuda.device_of(out):
         kernel[grid](out, *arguments, **options)
     return out
@@ -943,7 +949,7 @@ def launch(kernel, grid, out, *arguments, **options):
 
 @kernel
 def is_above(z, least, l, r, B):
-    """Whether z[l, r] exceeds least[l] or is NaN."""
+    """Whether z[l, r] exceeds least[l] or is NaN: ~(z <= least), since NaN > least is false."""
     return (r < B) & ~(tl.load(z + l * B + r, mask=r < B, other=0.0).to(tl.float32) <= tl.load(least + l))
 
 @kernel
@@ -980,18 +986,20 @@ def collect(z, least, entries=None, n_before=None, first=0):
     """
     n_latents, n_rows = z.shape
     counts = torch.empty(n_latents, dtype=torch.int32, device=z.device)
-    least = least.contiguous()
     ends = launch(count_kernel, (n_latents,), counts, z, least, n_rows, BLOCK=2048).cumsum(0)  # int64
     wait = entries is None
     if wait:
-        entries = torch.empty(2, int(ends[-1]), dtype=torch.int64, device=z.device)
+        entries = [torch.empty(int(ends[-1]), dtype=torch.int64, device=z.device) for _ in range(2)]
         n_before = torch.zeros_like(ends[:1])
-    launch(collect_kernel, (n_latents,), entries[0], entries[1], z, least, ends, n_before, first, n_rows,
-           entries.shape[1], BLOCK=1024)
+    launch(collect_kernel, (n_latents,), *entries, z, least, ends, n_before, first, n_rows, len(entries[0]),
+           BLOCK=1024)
     return entries if wait else n_before + ends[-1:]
 
-def nominate(sae, centred, hint, n, dtype):
-    """largest_entries without a wait. If it finds too few or too many, some values or all become 0."""
+def try_largest(sae, centred, hint, n, dtype):
+    """largest_entries without a wait, and how many entries it found, as a float.
+
+    They are right if all exceed the hint, and not more were found than CANDIDATES · n, which it can hold.
+    """
     capacity, size = CANDIDATES * n, max(1, KERNEL_ENTRIES // len(centred))
     columns, least = centred.to(dtype).T, product_threshold(hint, sae.b_enc.float(), dtype)
     entries = torch.zeros(2, capacity, dtype=torch.int64, device=centred.device)
@@ -999,10 +1007,12 @@ def nominate(sae, centred, hint, n, dtype):
     for first in range(0, len(least), size):
         z = torch.mm(sae.W_enc[first : first + size].to(dtype), columns)
         found = collect(z, least[first:], entries, found, first)
+        del z  # before the next is made
     value = launch_dots(sae.W_enc, centred, *entries, found).add_(sae.b_enc[entries[0]]).relu_()
-    best = value.topk(n, sorted=False).indices.sort().values
-    value = value[best]
-    return *entries[:, best], value * ((value > hint) & (found <= capacity))
+    is_best = torch.zeros_like(value, dtype=torch.bool)
+    is_best.index_fill_(0, value.topk(n, sorted=False).indices, True)
+    best = is_best.nonzero_static(size=n).squeeze(1)  # in order
+    return *entries[:, best], value[best], found[0].float()
 
 # Operation 2: dot products at entries
 
@@ -1096,6 +1106,7 @@ def adam_at(W, mean, square, count, at, i, ok, g, lr, epsilon, log_beta1, log_be
     tl.store(W + at, w, mask=ok)
     tl.store(mean + at, m, mask=ok)
     tl.store(square + at, s, mask=ok)
+    tl.debug_barrier()  # all threads have read their count
     tl.store(count + i, n)
 
 @kernel
@@ -1106,13 +1117,13 @@ def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, squar
     """The whole update of latent l: it has the entries starts[l] ≤ e < starts[l + 1]."""
     l, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, end = tl.load(starts + l), tl.load(starts + l + 1)
-    run, last_run = (first + RUN - 1) // RUN, end // RUN  # the whole runs in between were summed before
-    stop = tl.minimum(run * RUN, end)
+    first_run, end_run = (first + RUN - 1) // RUN, end // RUN  # the whole runs in between were summed before
+    stop = tl.minimum(first_run * RUN, end)
     d_dec, d_enc = two_sums(g, c, row, value, d_value, first, stop, D, E, BLOCK)
-    for whole in range(run, last_run):
+    for whole in range(first_run, end_run):
         d_dec += tl.load(runs + 2 * whole * D + d, mask=d < D, other=0.0)
         d_enc += tl.load(runs + (2 * whole + 1) * D + d, mask=d < D, other=0.0)
-    rest = tl.maximum(last_run * RUN, stop)
+    rest = tl.maximum(end_run * RUN, stop)
     more_dec, more_enc = two_sums(g, c, row, value, d_value, rest, end, D, E, BLOCK)
     d_dec, d_enc = d_dec + more_dec, d_enc + more_enc
     if AUX:
@@ -1120,7 +1131,7 @@ def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, squar
         ok = d < tl.where(place >= 0, D, 0)
         d_dec += tl.load(aux_dec + place * D + d, mask=ok, other=0.0)
         d_enc += tl.load(aux_enc + place * D + d, mask=ok, other=0.0)
-    if tl.sum((d_dec != 0).to(tl.int32)) > 0:  # others got no gradient
+    if tl.sum((d_dec != 0).to(tl.int32)) > 0:  # no gradient, no step
         i = l + tl.arange(0, 1)
         adam_at(W_enc, mean_enc, square_enc, count_enc, l * D + d, i, d < D, d_enc, lr, epsilon,
                 log_beta1, log_beta2, False)
@@ -1142,11 +1153,11 @@ def launch_update_(trainer, entries, starts, centred, g, d_b_enc, d_aux):
     """update_latents_, all of a latent in one visit of its rows."""
     (latent, row, value, d_value), sae, D = entries, trainer.sae, g.shape[1]
     block = triton.next_power_of_2(D)
-    shape = dict(RUN=RUN, E=2, BLOCK=block, num_warps=8 if block > 1024 else 4)
+    shape = dict(RUN=RUN, E=2, BLOCK=block, num_warps=16 if block > 2048 else 8 if block > 1024 else 4)
     runs = torch.empty(len(latent) // RUN, 2, D, device=g.device)
     if len(runs):
         launch(runs_kernel, (len(runs),), runs, latent, row, value, d_value, g, centred, D, **shape)
-    place, n_dead = starts, len(d_aux.dead)
+    place, n_dead = starts, len(d_aux.dead)  # without AUX place is not read
     if n_dead:
         place = torch.full_like(d_b_enc, -1, dtype=torch.int64)
         place[d_aux.dead] = torch.arange(n_dead, device=g.device)
@@ -1181,6 +1192,11 @@ def row_entries(sae, centred, selection, hint, dtype=torch.float32):
     row, place = (~(value <= 0)).nonzero().T
     latent, order = latent[row, place].sort(stable=True)
     return latent, row[order], value[row, place][order]
+
+@step_entries.register(TopKSAE)
+def topk_entries(sae, centred, hint, dtype):
+    """Those of search: torch.topk needs no hint."""
+    return StepEntries(*row_entries(sae, centred, "batch", hint))
 
 JUMP_START = 0.3  # share of the run in which JumpReLU selects as BatchTopK and all thresholds follow its θ
 WINDOW = 0.03  # width ε of the kernel, in units of the inputs' root mean squared norm (their paper: 0.001)
@@ -1236,7 +1252,7 @@ def jumprelu_entries(sae, centred, hint, dtype):
     """The entries above θ and those near it, whose f is 0 and which move the thresholds."""
     coef, width = sae.penalty.tolist()
     if not coef:
-        entries = find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
+        entries = batchtopk_entries(sae, centred, hint, dtype)
         zero = torch.zeros_like(sae.log_threshold)
         return StepEntries(*entries, own_gradients=lambda g: {"log_threshold": zero})
     lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
@@ -1250,7 +1266,7 @@ def jumprelu_entries(sae, centred, hint, dtype):
         return {"log_threshold": d}
 
     active = ~(z <= sae.get_theta()[latent])
-    return StepEntries(latent[active], row[active], z[active], False, coef, own_gradients)
+    return StepEntries(latent[active], row[active], z[active], None, coef, own_gradients)
 
 @learn_thresholds_.register(JumpReLUSAE)
 def adapt_penalty_(sae, trainer, stats):
@@ -1978,8 +1994,8 @@ def torchscript_files(sae, x, dtype):
     flipped: entries active in one of the two alone; largest_difference: of the other entries.
     """
     file, pairs, version = io.BytesIO(), [], platform.python_version()
-    with explained(f"torch {torch.__version__} makes no TorchScript under Python {version}; take Python 3.13 or "
-                   "older, or one of the other formats", Unavailable):
+    with explained(f"torch {torch.__version__} makes no TorchScript under Python {version}; take Python 3.13 "
+                   "or older, or one of the other formats", Unavailable):
         scripted = torch.jit.script(ExportedSAE(sae, dtype).eval())
     data = scripted.save_to_buffer(_extra_files={"config.json": config_json(sae.config)})
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:

@@ -195,8 +195,8 @@ def measure_shared(cfg, repeat):
     run()
     if group.rank == 0:
         print(f"D {cfg.d_model}, F {cfg.n_latents}, B {cfg.batch_size}, k {cfg.k:g}; {device_name(device)}\n"
-              f"{group.size} processes of {torch.get_num_threads()} threads: {statistics.median(times):.3f} s "
-              f"a step (median of {repeat}); each holds {held / 2**20:.0f} MiB\n"
+              f"{group.size} processes of {torch.get_num_threads()} threads: "
+              f"{statistics.median(times):.3f} s a step (median of {repeat}); each holds {held / 2**20:.0f} MiB\n"
               f"and {peak / 2**20:.0f} beside them at the peak of a step")
         for size, count in sorted(collections.Counter(sent).items(), reverse=True):
             print(f"{count:>4} × all_reduce of {size:,} bytes")
@@ -216,7 +216,8 @@ def measure_export(path, cfg, repeat):
     z = direction[:256] @ encoder.W_enc.T  # at the scale below about k exceed θ in each row
     scale = float(encoder.theta.nan_to_num(1.0).mean() / z.flatten().topk(int(len(z) * cfg.k)).values.min())
     lines = [f"D {D}, F {F}; {device_name(device)}, {torch.get_num_threads()} threads\n",
-             f"{'rows':>6} {'L0':>6} {'linear, ms':>11} {'forward':>9} {'encode_sparse':>14} {'reconstruct':>12}"]
+             f"{'rows':>6} {'L0':>6} {'linear, ms':>11} "
+             f"{'forward':>9} {'encode_sparse':>14} {'reconstruct':>12}"]
     for rows in (1, cfg.batch_size):
         x = encoder.b_dec + scale * direction[:rows]
         runs = [lambda: torch.nn.functional.linear(x, encoder.W_enc, encoder.b_enc), lambda: encoder(x),
