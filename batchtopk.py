@@ -2021,14 +2021,18 @@ def torchscript_files(sae, x, dtype):
 def saelens_files(sae, *_):
     """SAELens's layout, version 6: cfg.json and sae_weights.safetensors."""
     from safetensors.torch import save
-    cfg, topk = RunConfig(**vars(sae.config)), sae.config.activation == "topk"
+    cfg, topk = sae.config, sae.config.activation == "topk"
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     tensors |= {} if topk else {"threshold": sae.get_theta().expand(cfg.n_latents)}
-    metadata = dict(sae_lens_version="6.0.0", model_name=cfg.model, hf_hook_name=cfg.module or None,
-                    hook_name=None if cfg.module else f"blocks.{cfg.layer}.hook_{cfg.site}",
-                    context_size=cfg.context, prepend_bos=cfg.prepend_bos, dataset_path=cfg.dataset,
-                    model_from_pretrained_kwargs={}, training_architecture=cfg.activation,
-                    norm_limit=cfg.norm_limit or None)
+    metadata = dict(sae_lens_version="6.0.0", training_architecture=cfg.activation,
+                    model_from_pretrained_kwargs={})
+    if isinstance(cfg, RunConfig):  # a Config does not say what the SAE reads
+        metadata |= dict(model_name=cfg.model, hf_hook_name=cfg.module or None,
+                         model_class_name="AutoModelForCausalLM" if cfg.module else "HookedTransformer",
+                         hook_name=cfg.module or f"blocks.{cfg.layer}.hook_{cfg.site}",
+                         context_size=cfg.context, prepend_bos=cfg.prepend_bos, dataset_path=cfg.dataset,
+                         seqpos_slice=[1, None] if cfg.skip_special else [None],
+                         exclude_special_tokens=cfg.skip_special, norm_limit=cfg.norm_limit or None)
     described = dict({"architecture": "topk", "k": int(cfg.k)} if topk else {"architecture": "jumprelu"},
                      d_in=cfg.d_model, d_sae=cfg.n_latents, dtype="float32", device="cpu",
                      apply_b_dec_to_input=True, reshape_activations="none", metadata=metadata,
@@ -2038,19 +2042,22 @@ def saelens_files(sae, *_):
 
 def dictionary_learning_files(sae, *_):
     """The layout of dictionary_learning: config.json and ae.pt."""
-    cfg, topk = RunConfig(**vars(sae.config)), sae.config.activation == "topk"
+    cfg, topk = sae.config, sae.config.activation == "topk"
     if cfg.normalize == "token" or cfg.activation == "jumprelu" or cfg.k % 1:
-        raise InputError("dictionary-learning has one θ, a whole k and no standardised tokens; use saelens")
+        raise InputError("this format holds one θ, a whole k and no standardised tokens; use saelens")
     tensors = {"b_dec": sae.b_dec, "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
                "decoder.weight": sae.W_dec.T, "k": torch.tensor(int(cfg.k), dtype=torch.int32),
                "threshold": torch.tensor(-1.0) if topk else sae.theta}
     file = io.BytesIO()
     torch.save({name: t.detach().contiguous() for name, t in tensors.items()}, file)
-    trainer = dict(trainer_class="TopKTrainer" if topk else "BatchTopKTrainer", k=int(cfg.k), layer=cfg.layer,
+    trainer = dict(trainer_class="TopKTrainer" if topk else "BatchTopKTrainer", k=int(cfg.k),
                    dict_class="AutoEncoderTopK" if topk else "BatchTopKSAE", activation_dim=cfg.d_model,
-                   dict_size=cfg.n_latents, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
-    read = {"ctx_len": cfg.context, "norm_limit": cfg.norm_limit or None}
-    described = {"trainer": trainer, "buffer": read}
+                   dict_size=cfg.n_latents)
+    described = {"trainer": trainer, "buffer": {}}
+    if isinstance(cfg, RunConfig):
+        trainer |= dict(layer=cfg.layer, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
+        described["buffer"] = dict(ctx_len=cfg.context, prepend_bos=cfg.prepend_bos,
+                                   remove_bos=cfg.skip_special, norm_limit=cfg.norm_limit or None)
     return {"config.json": json.dumps(described, indent=2).encode(), "ae.pt": file.getvalue()}, {}
 
 FORMATS = {"torchscript": torchscript_files, "saelens": saelens_files,

@@ -296,6 +296,18 @@ def test_memory_is_that_of_the_active_entries(what, rows, d, n_latents, limit, t
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < limit, done
 
+@pytest.mark.parametrize("module, hook", [("", "blocks.1.hook_resid_pre"), ("model.layers.3",) * 2])
+def test_other_formats_say_what_a_run_has_read(module, hook, tmp_path):
+    sae = bt.SAE(bt.RunConfig(d_model=8, n_latents=16, k=2, device="cpu", module=module, norm_limit=3.0))
+    sae.theta.fill_(1.0)
+    for format in ("saelens", "dictionary-learning"):
+        bt.export(sae, tmp_path / format, format=format)
+    said = json.loads((tmp_path / "saelens/cfg.json").read_text())["metadata"]
+    assert (said["hook_name"], said["prepend_bos"], said["seqpos_slice"]) == (hook, True, [1, None])
+    assert said["model_class_name"] == ("AutoModelForCausalLM" if module else "HookedTransformer")
+    read = json.loads((tmp_path / "dictionary-learning/config.json").read_text())["buffer"]
+    assert read == {"ctx_len": 128, "prepend_bos": True, "remove_bos": True, "norm_limit": 3.0}
+
 @pytest.mark.parametrize("normalize, activation", [
     ("scale", "batchtopk"), ("token", "batchtopk"), ("scale", "jumprelu"), ("scale", "topk")])
 def test_other_formats_hold_the_sae_or_are_refused(planted, normalize, activation, tmp_path):
@@ -305,7 +317,7 @@ def test_other_formats_hold_the_sae_or_are_refused(planted, normalize, activatio
     cfg = json.loads((tmp_path / "saelens/cfg.json").read_text())
     t = safetensors.torch.load_file(tmp_path / "saelens/sae_weights.safetensors")
     assert t["W_enc"].shape == (48, 128) and cfg["d_in"] == 48
-    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_resid_pre" and cfg["metadata"]["prepend_bos"]
+    assert not {"model_name", "hook_name", "prepend_bos"} & {*cfg["metadata"]}, "nobody said what was read"
     if normalize == "token":
         assert cfg["normalize_activations"] == "layer_norm"
         x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
