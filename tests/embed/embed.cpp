@@ -1,5 +1,9 @@
 // Runs an exported encoder without Python:  embed ENCODER X OUT
 // X is a tensor [n, D] that torch.save wrote; OUT gets (f, indices, values), for torch.load.
+// It needs the LibTorch that lies in the installed torch:
+//   T=$(python -c "import torch; print(torch.__path__[0])")
+//   g++ -std=c++20 embed.cpp -I$T/include -I$T/include/torch/csrc/api/include -L$T/lib -Wl,-rpath,$T/lib
+//       -ltorch -ltorch_cpu -lc10 -o embed                                                 (on one line)
 #include <torch/script.h>
 
 #include <fstream>
