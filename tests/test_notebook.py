@@ -109,7 +109,8 @@ CLAIMS = {
     "BatchTopK has less error than TopK every time":
         lambda n: min(n["rivals"]["topk 8"] + n["rivals"]["topk 32"]) > 0,
     "JumpReLU lies close to BatchTopK":
-        lambda n: all(abs(sum(n["rivals"][f"jumprelu {k}"])) < sum(n["rivals"][f"topk {k}"]) for k in (8, 32)),
+        lambda n: all(abs(sum(n["rivals"][f"jumprelu {k}"])) < sum(n["rivals"][f"topk {k}"]) / 2
+                      for k in (8, 32)),
     "fires on a large part of all tokens": lambda n: n["latents"]["densest"] > 0.25,
     "a name found by reading the strongest lines alone is often too narrow":
         lambda n: n["latents"]["weak"] < n["latents"]["strong"] / 2,
@@ -155,8 +156,9 @@ def test_every_percentage_in_the_text_is_checked():
     text = text.replace("5 % too low", "")  # a setting
     claims = [claim for claim in (*CLAIMS, *PRINTED) if claim in text]
     claimed = [text.index(claim) + i for claim in claims for i in range(len(claim))]
-    open_ = [text[m.start() - 40 : m.end()] for m in re.finditer(r"[\d.]+ %", text) if m.start() not in claimed]
-    assert not open_, "add it to CLAIMS"
+    numbers = re.finditer(r"[\d.]+ %", text)
+    unchecked = [text[n.start() - 40 : n.end()] for n in numbers if n.start() not in claimed]
+    assert not unchecked, "add it to CLAIMS"
 
 
 def test_the_cell_that_compares_the_readers_rule_knows_right_from_wrong():
