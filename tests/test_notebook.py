@@ -122,7 +122,7 @@ PRINTED = {  # a sentence, and what was printed
     "Here is the whole way": r"differ in 0 active entries",
     "The gradients agree to rounding": r"(relative difference \de-0[6-9]\s+(gradient of \w+: )?){4}",
     "At its usual size the row does not change the text": r"0 × \d+: (.*)\n1 × \d+: \1\n",
-    "as if it had read ` with`": r"\n3 × \d+: ['\"] self\.",
+    "as if it had read ` with`": r"\n4 × \d+: ['\"] self\.",
 }
 
 
