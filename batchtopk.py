@@ -1147,6 +1147,7 @@ def vector_kernel(W, mean, square, count, g, lr, epsilon, log_beta1, log_beta2):
     adam_at(W, mean, square, count, i, i, i >= 0, tl.load(g + i), lr, epsilon, log_beta1, log_beta2, False)
 
 def log_betas(cfg):
+    """log β₁ and log β₂: a kernel computes βⁿ as exp(n log β)."""
     return [math.log(beta) if beta else -math.inf for beta in (cfg.beta1, cfg.beta2)]
 
 def launch_update_(trainer, entries, starts, centred, g, d_b_enc, d_aux):

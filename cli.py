@@ -153,8 +153,7 @@ def out_of_memory(error):
     """Whether memory could not be had, of the machine or of a GPU: PyTorch has no class for the former."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
-app = typer.Typer(cls=Commands,
-                  no_args_is_help=True, pretty_exceptions_show_locals=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 def show_version(wanted):
     """Say which batchtopk.py this is, by its digest, and which libraries it uses."""
@@ -454,8 +453,9 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         check_room(configs, folder)
         calibration_ids, evaluation_ids = bt.held_out_contexts(cfg, lm.tokenizer)
         begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
-        cfg = replace(cfg, model_batch=bt.pass_contexts(bt.RunConfig.load(begun[0]) if begun else cfg, lm))
-        lm.norm_limit, lm.left_out = (bt.RunConfig.load(begun[0]) if begun else cfg).norm_limit, None
+        first = bt.RunConfig.load(begun[0]) if begun else cfg
+        cfg = replace(cfg, model_batch=bt.pass_contexts(first, lm))
+        lm.norm_limit, lm.left_out = first.norm_limit, None
         calibration = bt.shuffled_activations(cfg, lm, calibration_ids)
         if cfg.max_norm and not lm.norm_limit and len(calibration):  # these are the first of a new run
             lm.left_out = bt.outliers(calibration, cfg.max_norm)

@@ -239,8 +239,7 @@ def dense_step(sae, batches, compiled=lambda function: function):
     @compiled
     def loss(x):
         z = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc, sae.b_enc)
-        values, places = z.flatten().topk(sae.config.n_kept(len(x)), sorted=False)
-        f = torch.zeros_like(z).flatten().scatter(0, places, values.relu()).view_as(z)
+        f = bt.batch_topk(z, sae.config.n_kept(len(x)))
         return (x - f @ sae.W_dec - sae.b_dec).square().sum(1).mean()
 
     def run():
