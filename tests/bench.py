@@ -125,6 +125,7 @@ def measure_shape(cfg, repeat):
     result = {"shape": f"{cfg.d_model}x{cfg.n_latents}x{cfg.batch_size}", "k": cfg.k, "ms": {}, "mib": {}}
     for name, make in runs.items():
         say(f"{result['shape']}: {name}")
+        run = None  # what was before is freed
         run = make()
         for _ in range(3):
             run()
@@ -146,7 +147,7 @@ def profiled(run, device, steps=3):
     result = {"by_operation": {e.key[:60]: getattr(e, time) / 1e3 / steps for e in found[:15]}}
     if on_gpu:
         launches, waits = (sum(e.count for e in found if re.search(word, e.key))
-                           for word in ("[lL]aunchKernel", "Synchronize"))
+                           for word in ("[lL]aunchKernel|GraphLaunch", "Synchronize"))
         result |= {"launches": launches / steps, "waits": (waits - 2) / steps}
     return result
 
@@ -290,12 +291,13 @@ def seconds(run, device):
     return time.perf_counter() - started
 
 def peak_memory(run, device):
-    """Bytes that PyTorch has allocated at the peak of a call, beside those before it."""
+    """Bytes that PyTorch has allocated at the peak of a call, beside those before it; all of CUDA graphs'."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
+        graphs = (s["total_size"] for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] != (0, 0))
+        return torch.cuda.max_memory_allocated(device) - before + sum(graphs)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import batchtopk as bt
-from conftest import Largest, same_tensors
+from conftest import Largest, Planted, same_tensors
 
 ACTIVATIONS = ["batchtopk", "topk", "jumprelu"]
 PENALTY = 0.3, 0.4  # JumpReLU's λ and ε
@@ -397,7 +397,8 @@ def test_part_one_is_the_whole_method_and_runs_alone(planted, monkeypatch):
     monkeypatch.setitem(sys.modules, "part_one", part_one)  # dataclasses look their module up
     part_one.processes = bt.processes  # one, which gets back what it gives
     exec(source[: source.index("# ---- 7.")], vars(part_one))  # with the checks that both parts use
-    cfg = part_one.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=80_000, step="plain")
+    cfg = part_one.Config(d_model=48, n_latents=128, k=4, batch_size=256, tokens=80_000, step="plain",
+                          device="cpu")
     sae, x = part_one.train(cfg, planted.stream(256)), planted.batch(4096, 907)
     assert (planted.directions @ sae.W_dec.detach().T).max(1).values.mean() > 0.9
     f, ((row, latent), value) = sae.encode(x).detach(), sae.encode_sparse(x)
@@ -744,3 +745,30 @@ def test_a_bfloat16_sae_can_be_evaluated(planted, planted_sae):
     assert fvu[0] != fvu[1] and fvu[1] == pytest.approx(fvu[0], rel=0.05)
     with pytest.raises(bt.InputError, match="nothing to evaluate"):
         bt.evaluate(planted_sae, [])
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("changes", [dict(encoder_dtype="bfloat16"), dict(normalize="token")], ids=str)
+def test_a_gpus_recorded_steps_give_the_bits_of_those_that_are_not(changes, monkeypatch):
+    """Also where the search fails, the batch's size changes, latents die and weights are loaded or replaced."""
+    cfg = bt.Config(d_model=64, n_latents=512, k=8, batch_size=256, tokens=10**6, device="cuda", **changes)
+    planted, runs = Planted(64, 256), []
+    for recorded in (True, False):
+        if not recorded:
+            monkeypatch.setattr(bt, "recorded_step", lambda *arguments: None)
+        trainer, stats = bt.Trainer(cfg), []
+        sae = trainer.sae
+        for i in range(24):
+            x = planted.batch(100 if i in (6, 7) else 256, i % 3).cuda() * (0.5 if i == 5 else 1)
+            if i in (9, 18):
+                sae.tokens_since_fired[:40] = 10**7
+                sae.b_enc.data[:40] = -100.0
+            if i == 12:
+                sae.load_state_dict(copy.deepcopy(sae.state_dict()))
+            if i == 15:
+                sae.W_enc.data = sae.W_enc.data.clone()
+            stats.append(trainer.step(x))
+        if recorded:
+            known, _ = bt.recorded_steps[trainer]
+            assert sum(step is not None for step in known.values()) >= 3
+        runs.append((stats, bt.trainer_state(trainer)))
+    assert runs[0][0] == runs[1][0] and same_tensors(runs[0][1], runs[1][1])
