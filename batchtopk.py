@@ -333,7 +333,7 @@ class Trainer:
 
     def adam_rates(self, name: str) -> tuple[float, float]:
         """A parameter's factor of the learning rate; ε in its gradient's unit: x² (the loss's), for biases x."""
-        unit = self.x_std if name in ("b_enc", "b_dec") else 1
+        unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         factor = DECODER_LR if name == "W_dec" else 1
         return factor * unit, 1e-8 * self.x_std**2 / unit
 
@@ -581,14 +581,16 @@ def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
     sae, cfg, n_dead = trainer.sae, trainer.cfg, count_dead(trainer.sae)
     for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
-        recorded = recorded_step(trainer, x, hint, n_dead)
+        recorded = find_recording(trainer, x, hint, n_dead)
         new = recorded.forward_backward(x, hint) if recorded else forward_backward(sae, x, hint, n_dead)
         numbers = processes.gather(new.numbers).tolist()  # the one wait of a GPU; nothing has changed before it
         check_finite(numbers[0][0], trainer.tokens_seen)
         if numbers[0][-1]:
             break
-    update = recorded.update_ if recorded else functools.partial(update_, trainer, new)
-    update(trainer.learning_rate())
+    if recorded:
+        recorded.update_(trainer.learning_rate())
+    else:
+        update_(trainer, new, trainer.learning_rate())
     mse, aux, _, n_own_dead, _ = numbers[processes.rank]
     _, _, thresholds, n_dead, _ = zip(*numbers)
     remember_dead(sae, int(n_own_dead), int(sum(n_dead)))
@@ -649,8 +651,10 @@ def forward_backward(sae, x, hint, n_dead) -> Pass:
     return Pass(entries, centred, g, d_value, d_b_enc, d_b_dec, d_aux, starts, fired, silent, numbers)
 
 def update_(trainer, new: Pass, lr):
-    """Change weights, biases and counters; lr: the learning rate, a number or a tensor, which kernels read."""
-    lr = lr if torch.is_tensor(lr) else torch.full_like(new.numbers[0], lr)
+    """Change weights, biases and counters. lr: the learning rate, a number or a tensor, for kernels; the
+    operators ask the trainer."""
+    if has_kernels(new.g) and not torch.is_tensor(lr):
+        lr = torch.full_like(new.numbers[0], lr)
     own = new.entries.own_gradients(new.g)  # of W_dec as it was
     update_latents_(trainer, new, lr)
     for name, d in {"b_dec": new.d_b_dec, **own}.items():
@@ -677,10 +681,11 @@ def search(sae, centred, selection, hint, dtype=torch.float32):
     return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
 
 def count_dead(sae) -> tuple[int, int]:
-    """How many dead latents this process has, and all together; on a GPU up to twice as many.
+    """How many dead latents this process has, and all together.
 
     They are known from the step before, if nobody has changed the counters (which must not be done through
-    .data): the host need not wait. A power of two, so that a GPU's steps are of few kinds.
+    .data): the host need not wait. On a GPU they are rounded up to a power of two, so that steps are of few
+    kinds: there is room for so many, and L_aux takes tokens as if there were.
     """
     silent = sae.tokens_since_fired
     version, mine, total = getattr(silent, "dead", (None, 0, 0))
@@ -818,11 +823,11 @@ def update_latents_(trainer, new: Pass, lr):
 
     The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec).
     """
-    (_, row, value, *_), centred, g, d_value, d_b_enc, _, d_aux, starts, fired, *_ = new
+    g, d_aux, starts, row, value = new.g, new.d_aux, new.starts, new.entries.row, new.entries.value
     if has_kernels(g) and g.shape[1] <= WIDEST:
         return launch_update_(trainer, new, lr)
     # For a block of latents at a time, so that gradients and rows are used while they are in the cache
-    learning = fired.index_fill(0, d_aux.dead[d_aux.W_dec.any(1)], True)
+    learning = new.fired.index_fill(0, d_aux.dead[d_aux.W_dec.any(1)], True)
     size = UPDATE_ENTRIES[g.device.type] // g.shape[1] + 1
     for first in range(0, len(learning), size):
         part = slice(first, min(first + size, len(learning)))
@@ -845,9 +850,9 @@ def update_latents_(trainer, new: Pass, lr):
         d_W_dec = sum_rows(g, row[span], value[span], bounds)
         update_("W_dec", d_W_dec.index_add_(0, places, d_aux.W_dec[dead]))
         del d_W_dec
-        d_W_enc = sum_rows(centred, row[span], d_value[span], bounds)
+        d_W_enc = sum_rows(new.centred, row[span], new.d_value[span], bounds)
         update_("W_enc", d_W_enc.index_add_(0, places, d_aux.W_enc[dead]))
-        update_("b_enc", d_b_enc[rows])
+        update_("b_enc", new.d_b_enc[rows])
 
 def update_block_(trainer, name, g, part, resting):
     """Trainer.update_ of consecutive rows without copies: all are stepped, the resting get theirs back."""
@@ -883,11 +888,11 @@ def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int) -> tuple[Ten
 
     Each process takes its share of k_aux from its own dead latents.
     """
-    cfg, none = sae.config, sae.W_enc[:0]
+    cfg, none, n_latents = sae.config, sae.W_enc[:0], len(sae.b_enc)
     if not n_dead or not cfg.aux_k:
         return residual.new_zeros(()), AuxGradient(none[:, 0].long(), none, none[:, 0], none)
-    dead = sae.is_dead().nonzero_static(size=m, fill_value=cfg.n_latents).squeeze(1)
-    exists, at = dead < cfg.n_latents, dead.clamp(max=cfg.n_latents - 1)
+    dead = sae.is_dead().nonzero_static(size=m, fill_value=n_latents).squeeze(1)
+    exists, at = dead < n_latents, dead.clamp(max=n_latents - 1)
     W_enc, W_dec, b_enc = sae.W_enc[at], sae.W_dec[at], sae.b_enc[at]
     n_rows = max(1, int(AUX_SHARE * len(centred) * cfg.n_latents / n_dead))
     k, centred = min(math.ceil(cfg.aux_k / processes.size), m), centred[:n_rows]
@@ -1189,20 +1194,21 @@ def log_betas(cfg):
 
 def launch_update_(trainer, new, lr):
     """update_latents_, all of a latent in one visit of its rows."""
-    (latent, row, value, *_), centred, g, d_value, d_b_enc, _, d_aux, starts, *_ = new
-    sae, D, m, given = trainer.sae, g.shape[1], len(d_aux.dead), (row, value, d_value)
+    entries, g, d_aux, starts = new.entries, new.g, new.d_aux, new.starts
+    sae, D, m, given = trainer.sae, g.shape[1], len(d_aux.dead), (entries.row, entries.value, new.d_value)
     shape = dict(RUN=RUN, E=2, BLOCK=triton.next_power_of_2(D))
-    runs = torch.empty(len(row) // RUN, 2, D, device=g.device)
+    runs = torch.empty(len(entries.row) // RUN, 2, D, device=g.device)
     if len(runs):
-        launch(runs_kernel, (len(runs),), runs, latent, *given, g, centred, D, **shape)
+        launch(runs_kernel, (len(runs),), runs, entries.latent, *given, g, new.centred, D, **shape)
     place = starts  # without AUX it is not read
     if m:
         place = torch.full((len(starts),), -1, device=g.device)
         place[d_aux.dead] = torch.arange(m, device=g.device)
     enc, dec, b = ((getattr(sae, name).data, *trainer.adam[name]) for name in ("W_enc", "W_dec", "b_enc"))
     rates = (rate for name in ("W_enc", "W_dec", "b_enc") for rate in trainer.adam_rates(name))
-    launch(update_kernel, (len(starts) - 1,), *enc, *dec, *b, *given, starts, runs, g, centred, d_b_enc, place,
-           d_aux.W_enc, d_aux.W_dec, lr, *rates, *log_betas(trainer.cfg), D, AUX=m > 0, **shape)
+    launch(update_kernel, (len(starts) - 1,), *enc, *dec, *b, *given, starts, runs, g, new.centred,
+           new.d_b_enc, place, d_aux.W_enc, d_aux.W_dec, lr, *rates, *log_betas(trainer.cfg), D,
+           AUX=m > 0, **shape)
 
 # All that a step launches as two CUDA graphs
 
@@ -1210,17 +1216,22 @@ class RecordedStep:
     """The launches of a step of one kind, before the host's wait and after it, each repeated as one.
 
     There are about a hundred, and each takes the host longer than the device. A graph reads and writes the
-    tensors that it was recorded with.
+    tensors that it was recorded with; settings like TF32 stay as they were.
     """
 
     def __init__(self, trainer, x, n_dead, pool):
-        device = self.device = x.device
-        self.x, self.hint, self.lr = torch.empty_like(x), *torch.zeros(2, device=device)
+        self.x, self.counters = torch.empty_like(x), trainer.sae.tokens_since_fired
+        self.hint, self.lr = (torch.zeros((), device=x.device) for _ in range(2))
         self.before, self.after = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.before, pool, capture_error_mode="thread_local"):
-            self.result = forward_backward(trainer.sae, self.x, self.hint, n_dead)
-        with torch.cuda.graph(self.after, pool, capture_error_mode="thread_local"):
-            update_(trainer, self.result, self.lr)
+        options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
+        torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
+        with torch.cuda.graph(self.before, pool, **options):
+            new = forward_backward(trainer.sae, self.x, self.hint, n_dead)
+        with torch.cuda.graph(self.after, self.before.pool(), **options):
+            update_(trainer, new, self.lr)
+        torch._C._cuda_clearCublasWorkspaces()
+        # what the host reads; the memory of all else serves other recordings too: none is run between the two
+        self.result = Pass(new.entries._replace(latent=None, row=None), *[None] * 9, new.numbers)
 
     def forward_backward(self, x, hint):
         self.x.copy_(x)
@@ -1231,25 +1242,33 @@ class RecordedStep:
     def update_(self, lr):
         self.lr.fill_(lr)
         self.after.replay()
+        torch.autograd.graph.increment_version(self.counters)  # for count_dead
 
-MOST_KINDS = 32  # are remembered of a trainer
-recorded_steps = weakref.WeakKeyDictionary()  # of each trainer, beside it: a copy of it has other tensors
+@functools.cache
+def recording_stream(device):
+    """A stream for recording: torch.cuda.graph's own may lie on another device."""
+    return torch.cuda.Stream(device)
 
-def recorded_step(trainer, x, hint, n_dead) -> RecordedStep | None:
+MOST_KINDS = 32  # of steps are recorded for one trainer
+recordings = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other tensors
+
+def find_recording(trainer, x, hint, n_dead) -> RecordedStep | None:
     """What was recorded for such a step; it is in the second of its kind: in the first Triton compiles."""
     sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
-    if sae.config.activation != "batchtopk" or not (x.is_cuda and can_try(x, hint)):
+    fits = x.is_cuda and sae.config.activation == "batchtopk" and x.shape[1] <= WIDEST and can_try(x, hint)
+    if not fits:
         return None
     tensors = tuple(t.data_ptr() for t in itertools.chain(sae.parameters(), sae.buffers(), adam))
-    kind = sae.config, trainer.x_std, x.shape, x.dtype, n_dead, tensors
-    known, pool = recorded_steps.setdefault(trainer, ({}, torch.cuda.graph_pool_handle()))
-    if kind not in known:
-        if len(known) == MOST_KINDS:
-            known.clear()
-        known[kind] = None
-    elif known[kind] is None:
+    bound, kind = (trainer.cfg, trainer.x_std, tensors), (x.shape, x.dtype, n_dead)
+    if trainer not in recordings or recordings[trainer][0] != bound:
+        recordings[trainer] = bound, {}
+    known = recordings[trainer][1]
+    if kind in known and not known[kind]:
+        pool = next((step.before.pool() for step in known.values() if step), None)
         known[kind] = RecordedStep(trainer, x, n_dead, pool)
-    return known[kind]
+    elif len(known) < MOST_KINDS:
+        known.setdefault(kind)
+    return known.get(kind)
 
 # ---- 9. TopK and JumpReLU ------------------------------------
 

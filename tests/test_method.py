@@ -754,7 +754,7 @@ def test_a_gpus_recorded_steps_give_the_bits_of_those_that_are_not(changes, monk
     planted, runs = Planted(64, 256), []
     for recorded in (True, False):
         if not recorded:
-            monkeypatch.setattr(bt, "recorded_step", lambda *arguments: None)
+            monkeypatch.setattr(bt, "find_recording", lambda *arguments: None)
         trainer, stats = bt.Trainer(cfg), []
         sae = trainer.sae
         for i in range(24):
@@ -768,7 +768,6 @@ def test_a_gpus_recorded_steps_give_the_bits_of_those_that_are_not(changes, monk
                 sae.W_enc.data = sae.W_enc.data.clone()
             stats.append(trainer.step(x))
         if recorded:
-            known, _ = bt.recorded_steps[trainer]
-            assert sum(step is not None for step in known.values()) >= 3
+            assert sum(step is not None for step in bt.recordings[trainer][1].values()) >= 2
         runs.append((stats, bt.trainer_state(trainer)))
     assert runs[0][0] == runs[1][0] and same_tensors(runs[0][1], runs[1][1])
