@@ -92,7 +92,7 @@ CLAIMS = {
             c for c in n["groups"]["changes"] if c < 0),
     "the value varies little from batch to batch": lambda n: n["theta"]["spread"] < 0.1,
     "= 18 % of this average": lambda n: is_near(n["theta"]["share"], 0.18, 0.03),
-    "Both averages are within 6 % of the value of the training batches":
+    "both averages are within 6 % of the value of the training batches":
         lambda n: all(is_near(average, n["theta"]["late"], 0.06) for average in n["theta"]["averages"]),
     "θ from held-out batches lies above it": lambda n: n["theta"]["calibrated"] > 1.1 * n["theta"]["late"],
     "In batches of 1024 tokens the error is 1 to 2 % smaller than with θ":
