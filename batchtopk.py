@@ -332,7 +332,7 @@ class Trainer:
             old[rows] = new
 
     def adam_rates(self, name: str) -> tuple[float, float]:
-        """A parameter's factor of the learning rate; ε in its gradient's unit: x² (the loss's), for biases x."""
+        """Its multiple of the learning rate, and ε in its gradient's unit: x² (the loss's), for biases x."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         factor = DECODER_LR if name == "W_dec" else 1
         return factor * unit, 1e-8 * self.x_std**2 / unit
@@ -583,7 +583,7 @@ def sparse_step(trainer: Trainer, x: Tensor):
     for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
         recorded = find_recording(trainer, x, hint, n_dead)
         new = recorded.forward_backward(x, hint) if recorded else forward_backward(sae, x, hint, n_dead)
-        numbers = processes.gather(new.numbers).tolist()  # the one wait of a GPU; nothing has changed before it
+        numbers = processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
         check_finite(numbers[0][0], trainer.tokens_seen)
         if numbers[0][-1]:
             break
@@ -609,7 +609,7 @@ class StepEntries(NamedTuple):
     l0_coef: float = 0.0  # the loss has this times l0
     own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda g: {}  # of its own parameters
 
-class Pass(NamedTuple):
+class Gradients(NamedTuple):
     """What a step computes before it changes anything."""
     entries: StepEntries
     centred: Tensor  # x - b_dec
@@ -623,8 +623,11 @@ class Pass(NamedTuple):
     silent: Tensor  # tokens_since_fired after this step
     numbers: Tensor  # mse, L_aux, threshold, how many latents will be dead, whether the entries are right
 
-def forward_backward(sae, x, hint, n_dead) -> Pass:
-    """Loss and gradients of x [B, D] from the kept entries. hint: a number or a tensor; n_dead: count_dead's."""
+def forward_backward(sae, x, hint, n_dead) -> Gradients:
+    """Loss and gradients of x [B, D] from the kept entries.
+
+    hint: a number or a tensor, see find_entries; n_dead: as count_dead returns it.
+    """
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
     entries = step_entries(sae, centred, hint, dtype)
     latent, row, value, right, *_ = entries
@@ -648,9 +651,9 @@ def forward_backward(sae, x, hint, n_dead) -> Pass:
     n_silent = (silent >= sae.config.dead_tokens).sum(dtype=torch.float32)
     right = torch.ones_like(mse) if right is None else right
     numbers = torch.stack([mse, aux, threshold, n_silent, right])
-    return Pass(entries, centred, g, d_value, d_b_enc, d_b_dec, d_aux, starts, fired, silent, numbers)
+    return Gradients(entries, centred, g, d_value, d_b_enc, d_b_dec, d_aux, starts, fired, silent, numbers)
 
-def update_(trainer, new: Pass, lr):
+def update_(trainer, new: Gradients, lr):
     """Change weights, biases and counters. lr: the learning rate, a number or a tensor, for kernels; the
     operators ask the trainer."""
     if has_kernels(new.g) and not torch.is_tensor(lr):
@@ -818,7 +821,7 @@ def sum_rows(rows, which, weights, starts):
 
 # Operation 4: update rows
 
-def update_latents_(trainer, new: Pass, lr):
+def update_latents_(trainer, new: Gradients, lr):
     """Trainer.update_ of W_enc, W_dec and b_enc for the latents that got a gradient.
 
     The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec).
@@ -1153,8 +1156,9 @@ def adam_at(W, mean, square, count, at, i, ok, g, lr, factor, epsilon, log_beta1
 @kernel
 def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, square_dec, count_dec,
                   b_enc, mean_b, square_b, count_b, row, value, d_value, starts, runs, g, c, d_b_enc,
-                  aux_place, aux_enc, aux_dec, lr, factor, epsilon, factor_dec, epsilon_dec, factor_b, epsilon_b,
-                  log_beta1, log_beta2, D, AUX: tl.constexpr, RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+                  aux_place, aux_enc, aux_dec, lr, factor, epsilon, factor_dec, epsilon_dec,
+                  factor_b, epsilon_b, log_beta1, log_beta2, D,
+                  AUX: tl.constexpr, RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
     """The whole update of latent l: it has the entries starts[l] ≤ e < starts[l + 1]."""
     l, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, end = tl.load(starts + l), tl.load(starts + l + 1)
@@ -1176,8 +1180,8 @@ def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, squar
         i = l + tl.arange(0, 1)
         adam_at(W_enc, mean_enc, square_enc, count_enc, l * D + d, i, d < D, d_enc, lr, factor, epsilon,
                 log_beta1, log_beta2, False)
-        adam_at(W_dec, mean_dec, square_dec, count_dec, l * D + d, i, d < D, d_dec, lr, factor_dec, epsilon_dec,
-                log_beta1, log_beta2, True)
+        adam_at(W_dec, mean_dec, square_dec, count_dec, l * D + d, i, d < D, d_dec, lr, factor_dec,
+                epsilon_dec, log_beta1, log_beta2, True)
         adam_at(b_enc, mean_b, square_b, count_b, i, i, i >= 0, tl.load(d_b_enc + i), lr, factor_b, epsilon_b,
                 log_beta1, log_beta2, False)
 
@@ -1231,7 +1235,7 @@ class RecordedStep:
             update_(trainer, new, self.lr)
         torch._C._cuda_clearCublasWorkspaces()
         # what the host reads; the memory of all else serves other recordings too: none is run between the two
-        self.result = Pass(new.entries._replace(latent=None, row=None), *[None] * 9, new.numbers)
+        self.result = Gradients(new.entries._replace(latent=None, row=None), *[None] * 9, new.numbers)
 
     def forward_backward(self, x, hint):
         self.x.copy_(x)
@@ -1737,7 +1741,7 @@ def column_texts(cfg, kind):
                              f"columns are: {', '.join(row)}")
         yield text
 
-GROUP_CHARACTERS = 1 << 14, 1 << 23  # of text that is tokenised at a time, at first and at most
+GROUP_CHARACTERS = 1 << 14, min(8, os.cpu_count() or 1) << 20  # tokenised at a time, at first and at most
 
 def tokenise(tokenizer, texts):
     """The token ids of each text, without special tokens around it. A tokenizer's threads share a group."""

@@ -197,7 +197,8 @@ def measure_shared(cfg, repeat):
     if group.rank == 0:
         print(f"D {cfg.d_model}, F {cfg.n_latents}, B {cfg.batch_size}, k {cfg.k:g}; {device_name(device)}\n"
               f"{group.size} processes of {torch.get_num_threads()} threads: "
-              f"{statistics.median(times):.3f} s a step (median of {repeat}); each holds {held / 2**20:.0f} MiB\n"
+              f"{statistics.median(times):.3f} s a step (median of {repeat}); "
+              f"each holds {held / 2**20:.0f} MiB\n"
               f"and {peak / 2**20:.0f} beside them at the peak of a step")
         for size, count in sorted(collections.Counter(sent).items(), reverse=True):
             print(f"{count:>4} × all_reduce of {size:,} bytes")

@@ -208,8 +208,9 @@ def test_a_frequent_latent_is_summed_in_runs(d_model, monkeypatch):
             trainer = bt.Trainer(cfg)
             trainer.x_std, trainer.variance = 1.0, 1.0
             starts = bt.group_starts(latent, 4)
-            new = bt.Pass(bt.StepEntries(latent, row, value), centred, g, d_value, randn(4, seed=3), None, nothing,
-                          starts, starts[1:] > starts[:-1], None, None)
+            entries, fired = bt.StepEntries(latent, row, value), starts[1:] > starts[:-1]
+            new = bt.Gradients(entries, centred, g, d_value, randn(4, seed=3), None, nothing, starts, fired,
+                               None, None)
             with context():
                 bt.update_latents_(trainer, new, torch.tensor(1e-3))
             states.append(bt.trainer_state(trainer))
@@ -349,7 +350,8 @@ def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most, monkeyp
 
 KINDS = {"*bf16": "z", "*i32": "counts", "i32": "l_first B capacity n D",
          "*i64": "latent row ends n_before i j n_found which starts aux_place",
-         "fp32": "factor factor_dec factor_b epsilon epsilon_dec epsilon_b log_beta1 log_beta2"}  # all others: *fp32
+         "fp32": "factor factor_dec factor_b epsilon epsilon_dec epsilon_b log_beta1 log_beta2"}
+# All others: *fp32
 
 def compile_kernels():
     """Compile every kernel to machine code of an H100; prints their names. Needs no GPU."""

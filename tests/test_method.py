@@ -376,7 +376,7 @@ def test_evaluation_and_encoding_move_nothing(planted, planted_sae):
 # Training
 
 def test_most_of_a_planted_dictionary_is_found_and_l0_is_k(planted, planted_sae):
-    """Bug here once: the planted directions were the first random numbers of the seed with which the SAE draws
+    """Bug here once: planted directions were the first random numbers of the seed with which the SAE draws
     its own, so that it began with all of them."""
     def found(sae):
         return int(((planted.directions @ sae.W_dec.detach().T).max(1).values > 0.95).sum())
@@ -749,7 +749,7 @@ def test_a_bfloat16_sae_can_be_evaluated(planted, planted_sae):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("changes", [dict(encoder_dtype="bfloat16"), dict(normalize="token")], ids=str)
 def test_a_gpus_recorded_steps_give_the_bits_of_those_that_are_not(changes, monkeypatch):
-    """Also where the search fails, the batch's size changes, latents die and weights are loaded or replaced."""
+    """Also where the search fails, batches differ in size, latents die, weights are loaded or replaced."""
     cfg = bt.Config(d_model=64, n_latents=512, k=8, batch_size=256, tokens=10**6, device="cuda", **changes)
     planted, runs = Planted(64, 256), []
     for recorded in (True, False):
