@@ -530,7 +530,8 @@ def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def smallest(values: Tensor) -> float:
     """The smallest of the values of all processes, ∞ if there is none."""
-    return processes.least(values)
+    own = float(values.min()) if len(values) else math.inf
+    return float(processes.gather(torch.tensor(own, dtype=torch.float64)).min())
 
 def resolve_device(name: str) -> torch.device:
     """The device a Config asks for. Unavailable if this machine lacks it, InputError if it cannot train."""
@@ -592,11 +593,12 @@ def sparse_step(trainer: Trainer, x: Tensor):
     else:
         update_(trainer, new, trainer.learning_rate())
     mse, aux, _, n_own_dead, _ = numbers[processes.rank]
-    _, _, thresholds, n_dead, _ = zip(*numbers)
-    remember_dead(sae, int(n_own_dead), int(sum(n_dead)))
+    _, _, thresholds, n_silent, _ = zip(*numbers)
+    silent, n_dead = sae.tokens_since_fired, int(sum(n_silent))
+    silent.dead = silent._version, int(n_own_dead), n_dead  # for count_dead
     l0 = processes.total(len(new.entries.value)) / len(x)
     loss = mse + cfg.aux_coef * aux + new.entries.l0_coef * l0
-    return loss, mse, aux, l0, int(sum(n_dead)), min(thresholds)
+    return loss, mse, aux, l0, n_dead, min(thresholds)
 
 STEPS["sparse"] = sparse_step
 
@@ -624,10 +626,7 @@ class Gradients(NamedTuple):
     numbers: Tensor  # mse, L_aux, threshold, how many latents will be dead, whether the entries are right
 
 def forward_backward(sae, x, hint, n_dead) -> Gradients:
-    """Loss and gradients of x [B, D] from the kept entries.
-
-    hint: a number or a tensor, see find_entries; n_dead: as count_dead returns it.
-    """
+    """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries; n_dead: count_dead's."""
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
     entries = step_entries(sae, centred, hint, dtype)
     latent, row, value, right, *_ = entries
@@ -654,14 +653,18 @@ def forward_backward(sae, x, hint, n_dead) -> Gradients:
     return Gradients(entries, centred, g, d_value, d_b_enc, d_b_dec, d_aux, starts, fired, silent, numbers)
 
 def update_(trainer, new: Gradients, lr):
-    """Change weights, biases and counters. lr: the learning rate, a number or a tensor, for kernels; the
-    operators ask the trainer."""
+    """Change weights, biases, counters. lr: a number or a tensor, for kernels; operators ask the trainer."""
     if has_kernels(new.g) and not torch.is_tensor(lr):
         lr = torch.full_like(new.numbers[0], lr)
     own = new.entries.own_gradients(new.g)  # of W_dec as it was
     update_latents_(trainer, new, lr)
-    for name, d in {"b_dec": new.d_b_dec, **own}.items():
-        update_vector_(trainer, name, d, lr)
+    for name, g in {"b_dec": new.d_b_dec, **own}.items():
+        state = [getattr(trainer.sae, name).data, *trainer.adam[name]]
+        if has_kernels(g):
+            rates = *trainer.adam_rates(name), *log_betas(trainer.cfg)
+            launch(vector_kernel, (len(g),), *state, g, lr, *rates)
+        else:
+            trainer.adam_(name, g, *state)
     trainer.sae.tokens_since_fired.copy_(new.silent)
 
 @functools.singledispatch
@@ -677,11 +680,11 @@ def batchtopk_entries(sae, centred, hint, dtype):
     return find_entries(sae, centred, hint, n, dtype)
 
 @functools.singledispatch
-def search(sae, centred, selection, hint, dtype=torch.float32):
+def search(sae, centred, selection, hint):
     """latent, row and value of the active entries, by latent, then row. hint: see find_entries."""
     if selection == "theta":
-        return find_entries(sae, centred, sae.get_theta(), None, dtype)
-    return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)), dtype)
+        return find_entries(sae, centred, sae.get_theta())
+    return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)))
 
 def count_dead(sae) -> tuple[int, int]:
     """How many dead latents this process has, and all together.
@@ -699,10 +702,6 @@ def count_dead(sae) -> tuple[int, int]:
         mine = total = 1 << (mine - 1).bit_length()
     return mine, total
 
-def remember_dead(sae, mine: int, total: int):
-    """Keep what count_dead returns: at the counters, with their version."""
-    sae.tokens_since_fired.dead = sae.tokens_since_fired._version, mine, total
-
 # Operation 1: find entries
 
 @torch.no_grad()
@@ -718,7 +717,10 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
     n_rows, n_latents = len(centred), len(sae.b_enc)
     if n is None:
         thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
-        index, value = entries_above(sae, centred, thresholds, dtype)
+        columns, scratch = chunk_buffers(sae, centred, dtype)
+        parts = [slice(start, start + len(scratch)) for start in range(0, n_latents, len(scratch))]
+        found = [chunk_entries(sae, part, centred, columns, thresholds, scratch) for part in parts]
+        index, value = (torch.cat(each) for each in zip(*found))
     else:
         for start in (float(hint), 0.0):
             index, value = largest_entries(sae, centred, start, n, dtype)
@@ -727,16 +729,8 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
         index, value = processes.largest(index, value, n)
     return index // n_rows, index % n_rows, value
 
-def entries_above(sae, centred, thresholds, dtype):
-    """All entries above their latent's threshold [F]: index (latent · B + row) and value, ascending."""
-    columns, scratch = chunk_buffers(sae, centred, dtype)
-    found = [chunk_entries(sae, slice(start, start + len(scratch)), centred, columns, thresholds, scratch)
-             for start in range(0, len(sae.b_enc), len(scratch))]
-    index, value = zip(*found)
-    return torch.cat(index), torch.cat(value)
-
 def largest_entries(sae, centred, hint, n, dtype):
-    """The n largest entries above `hint`, or all if they are fewer: index and value, as entries_above.
+    """The n largest entries above `hint`, or all if they are fewer: index and value, as chunk_entries.
 
     When more than 2n entries are held, only the n largest stay, and the smallest of these becomes the
     threshold that later ones must exceed. So one pass is exact if `hint` is not above the true threshold.
@@ -767,7 +761,8 @@ def chunk_buffers(sae, centred, dtype):
     return centred.to(dtype).T, torch.empty(size, n_rows, dtype=dtype, device=centred.device)
 
 def chunk_entries(sae, part, centred, columns, thresholds, scratch):
-    """entries_above of some of the latents. A NaN counts as above, so that it is seen."""
+    """The entries of some latents above their thresholds [F]: index (latent · B + row) and value, ascending.
+    A NaN counts as above, so that it is seen."""
     W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
     z = torch.mm(W.to(columns.dtype), columns, out=scratch[: len(W)])
     found = flat_above(z, product_threshold(least, b, z.dtype))
@@ -866,31 +861,17 @@ def update_block_(trainer, name, g, part, resting):
     for rows, old in zip(block, before):
         rows.index_copy_(0, resting, old)
 
-def update_vector_(trainer, name, g, lr):
-    """Trainer.update_ of all of a vector."""
-    state = [getattr(trainer.sae, name).data, *trainer.adam[name]]
-    if has_kernels(g):
-        launch(vector_kernel, (len(g),), *state, g, lr, *trainer.adam_rates(name), *log_betas(trainer.cfg))
-    else:
-        trainer.adam_(name, g, *state)
-
 # The auxiliary loss, dense over the dead latents
 
 class AuxGradient(NamedTuple):
-    """Gradient of α · L_aux for the dead latents; rows of W_dec are 0 for those outside the k_aux largest.
-
-    L_aux has b_dec in Z alone, so its gradient follows from that of b_enc.
-    """
+    """Gradient of α · L_aux for the dead latents; rows of W_dec are 0 for those outside the k_aux largest."""
     dead: Tensor  # [m], ascending; F where there are fewer, whose gradients are 0
     W_enc: Tensor  # [m, D]
     b_enc: Tensor  # [m]
     W_dec: Tensor  # [m, D]
 
 def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int) -> tuple[Tensor, AuxGradient]:
-    """auxiliary_loss and its gradient for m dead latents of this process, or fewer, and n_dead of all.
-
-    Each process takes its share of k_aux from its own dead latents.
-    """
+    """auxiliary_loss and its gradient for m dead latents of this process, or fewer, and n_dead of all."""
     cfg, none, n_latents = sae.config, sae.W_enc[:0], len(sae.b_enc)
     if not n_dead or not cfg.aux_k:
         return residual.new_zeros(()), AuxGradient(none[:, 0].long(), none, none[:, 0], none)
@@ -926,10 +907,7 @@ def sparse_entries(sae, x, selection):
     return torch.cat(indices, dim=1), torch.cat(values)
 
 def choose_dtype(name, device):
-    """What one of DTYPES stands for; "auto" for bfloat16 if the hardware multiplies it.
-
-    That is GPUs from compute capability 8.0, and CPUs with AVX512-BF16 or AMX.
-    """
+    """What one of DTYPES stands for; "auto" for bfloat16 if the hardware multiplies it."""
     if device.type == "cuda":
         auto = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -1248,10 +1226,7 @@ class RecordedStep:
         self.after.replay()
         torch.autograd.graph.increment_version(self.counters)  # for count_dead
 
-@functools.cache
-def recording_stream(device):
-    """A stream for recording: torch.cuda.graph's own may lie on another device."""
-    return torch.cuda.Stream(device)
+recording_stream = functools.cache(torch.cuda.Stream)  # torch.cuda.graph's own may lie on another device
 
 MOST_KINDS = 32  # of steps are recorded for one trainer
 recordings = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other tensors
@@ -1274,9 +1249,7 @@ def find_recording(trainer, x, hint, n_dead) -> RecordedStep | None:
         known.setdefault(kind)
     return known.get(kind)
 
-# ---- 9. TopK and JumpReLU ------------------------------------
-
-# Two rivals of BatchTopK, and tokens that are standardised as in the authors' code.
+# ---- 9. Rivals: TopK, JumpReLU; standardised tokens ----------
 
 def row_topk(z: Tensor, k: int) -> Tensor:
     """TopK (Gao et al. 2024): zero all of z [..., F] but the k largest positive entries of each row."""
@@ -1290,7 +1263,7 @@ class TopKSAE(SAE):
         return row_topk(z, int(self.config.k))
 
 @search.register(TopKSAE)
-def row_entries(sae, centred, selection, hint, dtype=torch.float32):
+def row_entries(sae, centred, selection, hint):
     """The k largest positive entries of each row, some rows at a time; always in float32."""
     size, k = max(1, CHUNK_ENTRIES[centred.device.type] // len(sae.b_enc)), int(sae.config.k)
     W, b = sae.W_enc.float(), sae.b_enc.float()
@@ -1350,9 +1323,9 @@ def jumprelu_loss(sae, x):
     return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
 
 @search.register(JumpReLUSAE)
-def jumprelu_search(sae, centred, selection, hint, dtype=torch.float32):
+def jumprelu_search(sae, centred, selection, hint):
     """All entries above their latent's threshold, whatever the selection."""
-    return find_entries(sae, centred, sae.get_theta(), None, dtype)
+    return find_entries(sae, centred, sae.get_theta())
 
 @step_entries.register(JumpReLUSAE)
 def jumprelu_entries(sae, centred, hint, dtype):
@@ -1397,9 +1370,9 @@ def calibrate_thresholds(sae, batches):
     """
     cfg, theta = dataclasses.replace(sae.config, activation="batchtopk"), sae.get_theta()
     scaled = make_sae(cfg, sae.W_dec.device)
-    for own, t in ((scaled.W_enc, sae.W_enc / theta[:, None]), (scaled.b_enc, sae.b_enc / theta),
-                   (scaled.b_dec, sae.b_dec)):
-        own.copy_(t)
+    scaled.W_enc.copy_(sae.W_enc / theta[:, None])
+    scaled.b_enc.copy_(sae.b_enc / theta)
+    scaled.b_dec.copy_(sae.b_dec)
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
     return factor
@@ -1444,8 +1417,7 @@ TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """Config, and what a run on a language model's activations depends on. The command line makes its options
-    from these fields."""
+    """Config, and what a run on a language model depends on. The command line's options are these fields."""
 
     normalize: str = option("scale", "fit steps to the size of x, or standardise tokens")
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
@@ -1599,11 +1571,8 @@ class LanguageModel:
                 return replace(args), given
             return args, {**given, "hidden_states": replace(given.get("hidden_states"))}
 
-        def after(module, args, output):
-            return replace(output)
-
         with (self.module.register_forward_pre_hook(before, with_kwargs=True) if self.reads_input
-              else self.module.register_forward_hook(after)):
+              else self.module.register_forward_hook(lambda module, args, output: replace(output))):
             return self.model(ids.to(self.device), use_cache=False).logits
 
 def fuse_gelu_(model):
@@ -1707,15 +1676,12 @@ def dataset_texts(cfg):
 
 def file_texts(path):
     """The documents of a text file: what lies between lines of white space, or its lines if there is one."""
-    def is_blank(line):
-        return not line.strip()
-
     try:
         with open(path, encoding="utf-8-sig") as file:
-            parts = (blank for blank, _ in itertools.groupby(file, is_blank) if not blank)
+            parts = (blank for blank, _ in itertools.groupby(file, str.isspace) if not blank)
             by_line = len(list(itertools.islice(parts, 2))) < 2
             file.seek(0)
-            for blank, lines in itertools.groupby(file, is_blank):
+            for blank, lines in itertools.groupby(file, str.isspace):
                 if not blank:
                     texts = lines if by_line else ["".join(lines)]
                     yield from (text.rstrip("\n") for text in texts)
@@ -1976,7 +1942,8 @@ def splice_losses(saes, lm, contexts, mean, on_context=None):
     What does not depend on the SAE is computed once for all of them.
     """
     few = max(1, (1 << 25) // (contexts.shape[1] * lm.model.get_output_embeddings().weight.shape[0]))
-    forms = [(sae, form) for sae in saes for form in different_forms(sae)]
+    forms = [(sae, form) for sae in saes for form in ("batch", "theta")
+             if form == "theta" or sae.config.activation == "batchtopk"]  # a rival's two are the same
     batch_size, edits = max(sae.config.batch_size for sae in saes), [torch.zeros_like, mean.expand_as]
     sums, n_read, n_done = 0.0, 0, 0
     for ids in contexts.to(lm.device).split(max(1, batch_size // contexts.shape[1])):
@@ -1998,13 +1965,7 @@ def splice_losses(saes, lm, contexts, mean, on_context=None):
             "ce_clean": clean, "ce_sae": ce, "ce_zero": zero, "ce_mean": mean_ce, "kl": kl,
             "ce_degradation": ce - clean, "ce_recovered": (zero - ce) / (zero - clean or math.nan),
             "frac_unread": 1 - n_read / contexts.numel()}
-    return [{form: found.get(form, found["theta"]) for form in SELECTIONS} for found in losses]
-
-SELECTIONS = "batch", "theta"
-
-def different_forms(sae):
-    """The selections that differ: of a rival they are the same, and one pass is enough."""
-    return SELECTIONS if sae.config.activation == "batchtopk" else ("theta",)
+    return [{form: found.get(form, found["theta"]) for form in ("batch", "theta")} for found in losses]
 
 def reconstruct_all(sae, x, selection):
     """reconstruct of x [n, D] of any n, in equal parts of at most a batch."""
@@ -2327,8 +2288,7 @@ def load_config(folder: Path) -> tuple[Config, str]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
-        is_run = "model" in values
-        return (RunConfig(**BEFORE | values) if is_run else Config(**values)), text
+        return (RunConfig(**BEFORE | values) if "model" in values else Config(**values)), text
     except Exception as error:
         raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
@@ -2391,10 +2351,6 @@ class Processes:
         if self.size == 1:
             return float(number)
         return float(self.sum_(torch.tensor(number, dtype=torch.float64)))
-
-    def least(self, values: Tensor) -> float:
-        least = float(values.min()) if len(values) else math.inf
-        return float(self.gather(torch.tensor(least, dtype=torch.float64)).min())
 
     def largest(self, index, value, n: int):
         """This process's part of the n largest entries; each brings its own n largest, or fewer."""
