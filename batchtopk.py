@@ -71,6 +71,11 @@ class InputError(ValueError):
 class Unavailable(LookupError):
     """A file, run, device or model that is not here; the message says what to do next."""
 
+def check(fine, message: str, kind=InputError):
+    """Raise an error that says what to do, unless all is fine."""
+    if not fine:
+        raise kind(message)
+
 def option(default, doc, *choices, low=0, high=math.inf):
     """A field of Config: its default (MISSING: required), what it is, the values accepted, ends included."""
     return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high))
@@ -82,7 +87,7 @@ def option(default, doc, *choices, low=0, high=math.inf):
 class Config:
     """What training depends on beside the data. InputError for a value that cannot work."""
 
-    # (paper: 4096): what the paper uses. (paper), (authors): the default is the paper's, or their code's
+    # (paper: 4096) is what the paper uses; (paper) or (authors): the default is the paper's or their code's
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
@@ -123,7 +128,7 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
         tensor([[5., 0., 0.],
                 [4., 3., 0.]])
     """
-    check_count(n)
+    check(n >= 0, f"n is {n}; give the number of entries to keep, 0 or more")
     flat = z.flatten()
     values, places = flat.topk(min(n, len(flat)), sorted=False)
     return torch.zeros_like(flat).scatter(0, places, values.relu()).view_as(z)  # relu: fewer may be positive
@@ -153,7 +158,7 @@ class SAE(nn.Module):
 
     def get_theta(self) -> Tensor:
         """θ, which an entry must exceed at inference. Unavailable if it was never estimated."""
-        check_estimated(self.theta)
+        check(not self.theta.isnan(), 'θ was never estimated; calibrate, or select by "batch"', Unavailable)
         return self.theta
 
     def select(self, z: Tensor, selection: str) -> Tensor:
@@ -249,9 +254,9 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     batches: any iterable of tensors [n, D] of any n; a rest that fills no batch is left out, if there are
     others. InputError if no batch has a positive entry.
     """
-    batches = whole_batches(batches, sae.config.batch_size, sae.W_dec.device)
-    thresholds = [smallest(active_entries(sae, x, "batch")[1]) for x in batches]  # ∞: none positive
-    thresholds = [threshold for threshold in thresholds if threshold != math.inf]
+    batches = rebatch(batches, sae.config.batch_size, sae.W_dec.device)
+    found = [(len(x), smallest(active_entries(sae, x, "batch")[1])) for x in batches]  # ∞: none positive
+    thresholds = [threshold for n, threshold in found if n == found[0][0] and threshold != math.inf]
     theta = check_theta(sum(thresholds) / max(1, len(thresholds)))  # 0 if there is none
     sae.theta.fill_(theta)
     return theta
@@ -301,7 +306,7 @@ class Trainer:
     @with_gradients
     def step(self, x: Tensor) -> StepStats:
         """One training step on x [B, D]. InputError for another shape, or if x or the mse is not finite."""
-        check_batch(x, self.cfg.d_model)
+        check(x.ndim == 2 and len(x), f"x has the shape {list(x.shape)}; give [B, {self.cfg.d_model}]")
         if not self.x_std:
             self.initialize_(x)
         lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # before tokens_seen grows
@@ -401,8 +406,7 @@ def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: 
 
 def check_choice(name, value, choices):
     """InputError unless value is one of the choices."""
-    if value not in tuple(choices):
-        raise InputError(f"{name} is {value!r}; choose one of: {', '.join(choices)}")
+    check(value in tuple(choices), f"{name} is {value!r}; choose one of: {', '.join(choices)}")
 
 @contextlib.contextmanager
 def explained(message, kind=InputError):
@@ -430,63 +434,42 @@ def check_config(cfg: Config):
         elif field.type in ("int", "float"):
             whole, low, high = field.type == "int", rules["low"], rules["high"]
             number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-            if not number or whole and value % 1:
-                kind = "whole number" if whole else "number"
-                raise InputError(f"{name} is {value!r}; give a {kind} from {low} to {high}")
+            kind = "whole number" if whole else "number"
+            fits = number and not (whole and value % 1)
+            check(fits, f"{name} is {value!r}; give a {kind} from {low} to {high}")
             object.__setattr__(cfg, name, int(value) if whole else value)  # 1e6 is a whole number too
-        elif type(value).__name__ != field.type:
-            raise InputError(f"{name} is {value!r}; give a {field.type}")
-    for fine, message in [
-        (cfg.k <= cfg.n_latents, f"k is {cfg.k:g}, more than the {cfg.n_latents} latents"),
-        (cfg.k * cfg.batch_size >= 1, f"k = {cfg.k:g} keeps no entry of a batch of {cfg.batch_size}"),
-        (cfg.activation != "topk" or cfg.k % 1 == 0, f"k is {cfg.k}; topk takes a whole number"),
-        (cfg.beta1**2 < cfg.beta2 < 1, "beta2 must lie between beta1² and 1"),
-        (cfg.warmup + cfg.decay <= 1, "warmup and decay together must be at most 1")]:
-        if not fine:
-            raise InputError(message)
-
-def check_estimated(theta: Tensor):
-    """Unavailable if θ is NaN."""
-    if theta.isnan():
-        raise Unavailable('θ was never estimated; train, calibrate, or encode with selection="batch"')
+        else:
+            check(type(value).__name__ == field.type, f"{name} is {value!r}; give a {field.type}")
+    check(cfg.k <= cfg.n_latents, f"k is {cfg.k:g}, more than the {cfg.n_latents} latents")
+    check(cfg.k * cfg.batch_size >= 1, f"k = {cfg.k:g} keeps no entry of a batch of {cfg.batch_size}")
+    check(cfg.activation != "topk" or cfg.k % 1 == 0, f"k is {cfg.k}; topk takes a whole number")
+    check(cfg.beta1**2 < cfg.beta2 < 1, f"beta2 is {cfg.beta2}; give a number between beta1² and 1")
+    check(cfg.warmup + cfg.decay <= 1, f"warmup + decay is {cfg.warmup + cfg.decay:g}; it must be at most 1")
 
 def check_theta(theta: float) -> float:
     """θ; InputError unless it is positive and finite."""
-    if not 0 < theta < math.inf:
-        raise InputError("θ cannot be calibrated: no batch held a positive pre-activation, or one is NaN")
+    check(0 < theta < math.inf, "θ cannot be calibrated: no batch held a positive pre-activation, or a NaN")
     return theta
 
 def check_given(batches, tokens_seen: int, tokens: int):
     """A batch or some batches; InputError if there are none, before all tokens were seen."""
-    if batches is None or not len(batches):
-        raise InputError(f"the batches ended after {tokens_seen} of {tokens} tokens")
+    check(batches is not None and len(batches), f"the batches ended after {tokens_seen} of {tokens} tokens")
     return batches
 
 def check_variance(variance: float, x: Tensor):
     """InputError if the variance of tokens x [n, D] is no number, or they are all equal."""
     check_finite(variance, 0)
-    if len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean()):
-        raise InputError("all activations are equal: there is nothing to learn")
-
-def check_count(n: int):
-    """InputError for a negative number of entries."""
-    if n < 0:
-        raise InputError(f"n is {n}; give the number of entries to keep, 0 or more")
-
-def check_batch(x: Tensor, d_model: int):
-    """InputError unless x is a batch [B, D] that is not empty."""
-    if x.ndim != 2 or not len(x):
-        raise InputError(f"x has the shape {list(x.shape)}; give [B, {d_model}]")
+    equal = len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean())
+    check(not equal, "all activations are equal: there is nothing to learn")
 
 def check_activations(x: Tensor, d_model: int):
     """InputError unless x are activations [..., D]."""
-    if x.shape[-1:] != (d_model,) or not x.is_floating_point():
-        raise InputError(f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {d_model}]")
+    fits = x.shape[-1:] == (d_model,) and x.is_floating_point()
+    check(fits, f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {d_model}]")
 
 def check_finite(loss: float, tokens_seen: int):
     """InputError unless a step's loss is a number."""
-    if not math.isfinite(loss):
-        raise InputError(f"loss {loss} at token {tokens_seen}: x is not finite, or lr is too high")
+    check(math.isfinite(loss), f"loss {loss} at token {tokens_seen}: x is not finite, or lr is too high")
 
 @torch.inference_mode(False)  # weights made in inference mode could not be trained
 def make_sae(cfg: Config, device: torch.device = torch.device("cpu")) -> SAE:
@@ -500,9 +483,8 @@ def sae_class(cfg: Config) -> type[SAE]:
 
 def check_kind(cfg: Config, sae: SAE) -> Config:
     """cfg, if it is one for SAEs of this class."""
-    if not isinstance(sae, sae_class(cfg)):
-        raise InputError(f"{type(sae).__name__} does not fit activation {cfg.activation} with normalize "
-                         f"{cfg.normalize}; make_sae(config) gives the right class")
+    check(isinstance(sae, sae_class(cfg)), f"{type(sae).__name__} does not fit activation {cfg.activation} "
+          f"with normalize {cfg.normalize}; make_sae(config) gives the right class")
     return cfg
 
 @own_precision
@@ -560,12 +542,6 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
     if n:
         yield torch.cat(pending)
 
-def whole_batches(chunks, size, device):
-    """rebatch, without a shorter last batch if there are others: its threshold says little about theirs."""
-    batches = rebatch(chunks, size, device)
-    yield from itertools.islice(batches, 1)
-    yield from (x for x in batches if len(x) == size)
-
 # ---- 7. The same step, sparse --------------------------------
 
 # Only the encoder product has to be dense. All else touches the N = k·B kept entries, a thousandth of B·F.
@@ -574,7 +550,7 @@ def whole_batches(chunks, size, device):
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
-BFLOAT16_ERROR = 0.01  # bfloat16 may err by this share of a product: it nominates what is so close below
+BFLOAT16_ERROR = 0.01  # bfloat16 may err by this share of a product; what is so close below is nominated, too
 HINT = 0.95  # the search starts at this share of the last step's threshold
 
 @torch.no_grad()
@@ -670,14 +646,8 @@ def update_(trainer, new: Gradients, lr):
 @functools.singledispatch
 def step_entries(sae, centred, hint, dtype) -> StepEntries:
     """The entries that a training step keeps of x - b_dec = centred."""
-    return StepEntries(*batchtopk_entries(sae, centred, hint, dtype))
-
-def batchtopk_entries(sae, centred, hint, dtype):
-    """The first fields of StepEntries for a BatchTopK SAE."""
-    n = sae.config.n_kept(len(centred))
-    if can_try(centred, hint):
-        return try_largest(sae, centred, hint, n, dtype)
-    return find_entries(sae, centred, hint, n, dtype)
+    find = try_largest if can_try(centred, hint) else find_entries
+    return StepEntries(*find(sae, centred, hint, sae.config.n_kept(len(centred)), dtype))
 
 @functools.singledispatch
 def search(sae, centred, selection, hint):
@@ -691,7 +661,7 @@ def count_dead(sae) -> tuple[int, int]:
 
     They are known from the step before, if nobody has changed the counters (which must not be done through
     .data): the host need not wait. On a GPU they are rounded up to a power of two, so that steps are of few
-    kinds: there is room for so many, and L_aux takes tokens as if there were.
+    kinds. L_aux then has room for so many, and takes as few tokens as for so many.
     """
     silent = sae.tokens_since_fired
     version, mine, total = getattr(silent, "dead", (None, 0, 0))
@@ -714,51 +684,39 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
         float32, and decide.
     Returns: latent, row, value [m], by latent, then row.
     """
-    n_rows, n_latents = len(centred), len(sae.b_enc)
-    if n is None:
-        thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
-        columns, scratch = chunk_buffers(sae, centred, dtype)
-        parts = [slice(start, start + len(scratch)) for start in range(0, n_latents, len(scratch))]
-        found = [chunk_entries(sae, part, centred, columns, thresholds, scratch) for part in parts]
-        index, value = (torch.cat(each) for each in zip(*found))
-    else:
-        for start in (float(hint), 0.0):
-            index, value = largest_entries(sae, centred, start, n, dtype)
-            if processes.total(len(value)) >= n:
-                break
+    for start in (hint, 0.0):
+        index, value = largest_entries(sae, centred, start, n, dtype)
+        if n is None or not start or processes.total(len(value)) >= n:
+            break
+    if n is not None:
         index, value = processes.largest(index, value, n)
-    return index // n_rows, index % n_rows, value
+    return index // len(centred), index % len(centred), value
 
 def largest_entries(sae, centred, hint, n, dtype):
-    """The n largest entries above `hint`, or all if they are fewer: index and value, as chunk_entries.
+    """The n largest entries above `hint`, or all if they are fewer or n is None: as from chunk_entries.
 
     When more than 2n entries are held, only the n largest stay, and the smallest of these becomes the
     threshold that later ones must exceed. So one pass is exact if `hint` is not above the true threshold.
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
-    columns, scratch = chunk_buffers(sae, centred, dtype)
+    most = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in a chunk
+    columns, scratch = centred.to(dtype).T, torch.empty(most, n_rows, dtype=dtype, device=centred.device)
+    thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
     index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
-    threshold = centred.new_full((1,), hint)
-    start, size = 0, len(scratch)
-    if not hint:  # half of all entries exceed 0: begin with few, so that the threshold rises first
-        size = min(size, 1 + 2 * n // n_rows)
+    start, size = 0, most
+    if n is not None and not hint:  # half of all exceed 0: begin with few, so that the threshold rises first
+        size = min(most, 1 + 2 * n // n_rows)
     while start < n_latents:
         part = slice(start, min(start + size, n_latents))
-        new = chunk_entries(sae, part, centred, columns, threshold.expand(n_latents), scratch)
+        new = chunk_entries(sae, part, centred, columns, thresholds, scratch)
         index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
         last = part.stop == n_latents
-        if len(value) > (n if last else 2 * n):
+        if n is not None and len(value) > (n if last else 2 * n):
             best = value.topk(n, sorted=False).indices.sort().values
             index, value = index[best], value[best]
-            threshold = value.min()
-        start, size = part.stop, min(2 * size, len(scratch))
+            thresholds = value.min().expand(n_latents)
+        start, size = part.stop, min(2 * size, most)
     return index, value
-
-def chunk_buffers(sae, centred, dtype):
-    """centredᵀ in the product's dtype, and room for the pre-activations of a chunk of latents [size, B]."""
-    n_rows, n_latents = len(centred), len(sae.b_enc)
-    size = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))
-    return centred.to(dtype).T, torch.empty(size, n_rows, dtype=dtype, device=centred.device)
 
 def chunk_entries(sae, part, centred, columns, thresholds, scratch):
     """The entries of some latents above their thresholds [F]: index (latent · B + row) and value, ascending.
@@ -930,10 +888,9 @@ try:
 except Exception:  # not installed, or not working: the operators do it
     triton, kernel = None, lambda function: function
 
-CANDIDATES = 4  # the search holds at most this multiple of the entries that are kept
-KERNEL_ENTRIES = 1 << 26  # pre-activations held at a time by try_largest
+CANDIDATES = 4  # try_largest holds at most this multiple of the entries that are kept
 WIDEST = 4096  # the widest rows that one program of the update holds
-RUN = 64  # so many entries of one latent are summed by programs of their own: none is the last to finish
+RUN = 64  # entries of a latent per partial sum: one program for a dense latent would finish long after others
 
 def has_kernels(t: Tensor) -> bool:
     """Whether operations on this tensor run as kernels."""
@@ -987,7 +944,7 @@ def collect_kernel(latent, row, z, least, ends, n_before, l_first, B, capacity, 
             above = is_above(z, least, l, r, B)
             number = above.to(tl.int32)
             n = tl.sum(number)
-            if n > 0:  # most blocks have none
+            if n > 0:  # many blocks have none
                 at = place + tl.cumsum(number, 0) - 1
                 ok = above & (at < capacity)
                 tl.store(latent + at, l_first + l + tl.zeros([BLOCK], tl.int64), mask=ok)
@@ -1016,11 +973,11 @@ def can_try(centred, hint) -> bool:
     return has_kernels(centred) and processes.size == 1 and (torch.is_tensor(hint) or hint > 0)
 
 def try_largest(sae, centred, hint, n, dtype):
-    """largest_entries without a wait: index and value as search returns them, and whether they are right.
+    """largest_entries without a wait: latent, row and value [n], and whether they are right, 0.0 or 1.0.
 
     They are if all exceed the hint, and not more were found than CANDIDATES · n, which it can hold.
     """
-    capacity, size = CANDIDATES * n, max(1, KERNEL_ENTRIES // len(centred))
+    capacity, size = CANDIDATES * n, max(1, CHUNK_ENTRIES[centred.device.type] // len(centred))
     columns, least = centred.to(dtype).T, product_threshold(hint, sae.b_enc.float(), dtype)
     entries = torch.zeros(2, capacity, dtype=torch.int64, device=centred.device)
     found = torch.zeros(1, dtype=torch.int64, device=centred.device)
@@ -1228,11 +1185,14 @@ class RecordedStep:
 
 recording_stream = functools.cache(torch.cuda.Stream)  # torch.cuda.graph's own may lie on another device
 
-MOST_KINDS = 32  # of steps are recorded for one trainer
+MOST_KINDS = 32  # how many kinds of steps are recorded for one trainer
 recordings = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other tensors
 
 def find_recording(trainer, x, hint, n_dead) -> RecordedStep | None:
-    """What was recorded for such a step; it is in the second of its kind: in the first Triton compiles."""
+    """What was recorded for a step of this kind, if it comes at least for the second time.
+
+    The first compiles the kernels, which cannot be done while recording.
+    """
     sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
     fits = x.is_cuda and sae.config.activation == "batchtopk" and x.shape[1] <= WIDEST and can_try(x, hint)
     if not fits:
@@ -1332,9 +1292,9 @@ def jumprelu_entries(sae, centred, hint, dtype):
     """The entries above θ and those near it, whose f is 0 and which move the thresholds."""
     coef, width = sae.penalty.tolist()
     if not coef:
-        entries = batchtopk_entries(sae, centred, hint, dtype)
         zero = torch.zeros_like(sae.log_threshold)
-        return StepEntries(*entries, own_gradients=lambda g: {"log_threshold": zero})
+        entries = step_entries.dispatch(SAE)(sae, centred, hint, dtype)
+        return entries._replace(own_gradients=lambda g: {"log_threshold": zero})
     lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
     latent, row, z = find_entries(sae, centred, lowest, None, dtype)
 
@@ -1473,7 +1433,7 @@ class LanguageModel:
                  norm_limit: float = 0.0):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         self.device, self.skip_special = resolve_device(device), skip_special
-        self.norm_limit, self.left_out = norm_limit, None  # train_runs sets both at the start of a run
+        self.norm_limit, self.left_out = norm_limit, None  # a run sets both at its start
         dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
         dtype, source = choose_dtype(dtype, self.device), str(TINY_GPT2) if model == "tiny-gpt2" else model
         local = os.path.isdir(source)  # then the hub is never asked
@@ -1481,8 +1441,8 @@ class LanguageModel:
             self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         n_tokens, n_rows = len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]
-        if not 1 < n_tokens <= n_rows:
-            raise InputError(f"the tokenizer of {model!r} has {n_tokens} tokens, its embedding {n_rows}")
+        fits = 1 < n_tokens <= n_rows
+        check(fits, f"the tokenizer of {model!r} has {n_tokens} tokens, its embedding {n_rows}")
         self.model.to(self.device).eval().requires_grad_(False)
         if self.device.type == "cuda":
             fuse_gelu_(self.model)
@@ -1498,8 +1458,7 @@ class LanguageModel:
         lm = cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
                  skip_special=cfg.skip_special, norm_limit=cfg.norm_limit)
         longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", cfg.context)
-        if cfg.context > longest:
-            raise InputError(f"context is {cfg.context}; the model reads at most {longest} tokens")
+        check(cfg.context <= longest, f"context is {cfg.context}; the model reads at most {longest} tokens")
         return lm
 
     def is_kept(self, ids: Tensor) -> Tensor:
@@ -1606,10 +1565,8 @@ def find_site(model, layer, site, path):
                  and name.rpartition(".")[2] in ("h", "layers", "blocks", "layer")]
         if lists:
             break
-    if len(lists) != 1:
-        raise InputError(f"the model has {len(lists)} lists of blocks instead of one; give a module")
-    if not 0 <= layer < len(lists[0]):
-        raise InputError(f"layer is {layer}; the model has the blocks 0 to {len(lists[0]) - 1}")
+    check(len(lists) == 1, f"the model has {len(lists)} lists of blocks instead of one; give a module")
+    check(0 <= layer < len(lists[0]), f"layer is {layer}; the model has the blocks 0 to {len(lists[0]) - 1}")
     return lists[0][layer], site == "resid_pre"
 
 def find_part(lm, layer, site):
@@ -1642,9 +1599,8 @@ def find_part(lm, layer, site):
         error = error[rounding < size / 4]
         if len(error) and error.max() < least:
             best, least = module, error.max()
-    if best is None:
-        raise InputError(f"{site} of block {layer} is no module's output (resid_pre + attn_out + mlp_out = "
-                         "resid_post was tried on 16 tokens); choose another site, or a module")
+    check(best is not None, f"{site} of block {layer} is no module's output (resid_pre + attn_out + mlp_out "
+          "= resid_post was tried on 16 tokens); choose another site, or a module")
     return best
 
 def documents(cfg, split):
@@ -1743,18 +1699,10 @@ def pack(cfg, tokenizer, documents, n):
         n_documents += 1
         if len(ids) >= n * cfg.context:
             break
-    if len(ids) < min(n, 2) * cfg.context:
-        raise InputError(too_little_text(cfg))
+    check(len(ids) >= min(n, 2) * cfg.context, f"dataset {cfg.dataset!r} has too little text: two contexts "
+          f"of {cfg.context} tokens are not filled by its documents (in text files, what lies between lines of "
+          "white space), or by those held out (every 20th); give more or longer ones")
     return torch.frombuffer(ids, dtype=torch.int64).unfold(0, cfg.context, cfg.context), n_documents
-
-def too_little_text(cfg):
-    """What to say of a data set that does not fill two contexts."""
-    found = sum(1 for split in ("train", "held-out") for _ in documents(cfg, split))
-    is_text = Path(cfg.dataset).suffix.lower() in TEXT_FILES
-    rule = ", divided by lines of white space (without any each line is one)" if is_text else ""
-    where = "" if is_text else f" in column {cfg.text_column!r}"
-    return (f"dataset {cfg.dataset!r} has too little text{where}: {found} documents{rule}; every 20th is "
-            "held out; give more or longer ones")
 
 class Position(NamedTuple):
     """Where training stands in the text."""
@@ -1907,8 +1855,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
             x_hat, active, fired = reconstruct(sae, x, selection)
             error = (exact - x_hat).square().sum(1)
             parts.append((error, square, std, active, fired))
-    if not found["batch"]:
-        raise InputError("there is nothing to evaluate: the batches hold no activations")
+    check(found["batch"], "there is nothing to evaluate: the batches hold no activations")
     result = {"tokens": sum(len(error) for error, *_ in found["batch"])}
     mean = total / result["tokens"]
     [losses] = splice_losses([sae], lm, contexts, mean.float()) if lm else [{"batch": {}, "theta": {}}]
@@ -2121,8 +2068,8 @@ def saelens_files(sae, *_):
 def dictionary_learning_files(sae, *_):
     """The layout of dictionary_learning: config.json and ae.pt."""
     cfg, topk = sae.config, sae.config.activation == "topk"
-    if cfg.normalize == "token" or cfg.activation == "jumprelu" or cfg.k % 1:
-        raise InputError("this format holds one θ, a whole k and no standardised tokens; use saelens")
+    fits = cfg.normalize == "scale" and cfg.activation != "jumprelu" and cfg.k % 1 == 0
+    check(fits, "this format holds one θ, a whole k and no standardised tokens; use saelens")
     tensors = {"b_dec": sae.b_dec, "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
                "decoder.weight": sae.W_dec.T, "k": torch.tensor(int(cfg.k), dtype=torch.int32),
                "threshold": torch.tensor(-1.0) if topk else sae.theta}
@@ -2167,10 +2114,8 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
     for fine, what in [(all(t.isfinite().all() for t in sae.parameters()), "weights that are not finite"),
                        ((sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01, "decoder rows without norm 1"),
                        (theta.isfinite().all() and theta.min() > 0, f"a threshold of {theta.min():g}")]:
-        if not fine:
-            raise InputError(f"the SAE has {what}; no training leaves that")
-    if not active:
-        raise InputError("no latent is active on x: x, the SAE or its θ is wrong")
+        check(fine, f"the SAE has {what}; no training leaves that")
+    check(active, "no latent is active on x: x, the SAE or its θ is wrong")
     with warnings.catch_warnings(action="ignore"):  # TorchScript is frozen, hence stable; torch warns of it
         files, compared = FORMATS[format](sae, x, getattr(torch, dtype))
     files = {Path(path, name): data for name, data in files.items()}
@@ -2182,13 +2127,12 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
 
 def check_replaceable(path, overwrite):
     """InputError unless a file can be written here without destroying what should be kept."""
-    if path.is_symlink() or path.exists() and not path.is_file():
-        raise InputError(f"{str(path)!r} is not a regular file; give another path")
+    regular = path.is_file() and not path.is_symlink()
+    check(regular or not os.path.lexists(path), f"{str(path)!r} is not a regular file; give another path")
     run = [*path.parent.glob("sae.safetensors"), *path.parent.glob("state*.safetensors")]
-    if run and path.suffix in (".json", ".jsonl", ".safetensors"):
-        raise InputError(f"{str(path)!r} could be a file of a run; give another path")
-    if path.exists() and not overwrite:
-        raise InputError(f"{str(path)!r} exists; give another path, or --force")
+    own = run and path.suffix in (".json", ".jsonl", ".safetensors")
+    check(not own, f"{str(path)!r} could be a file of a run; give another path")
+    check(overwrite or not path.exists(), f"{str(path)!r} exists; give another path, or --force")
 
 # Files
 
@@ -2260,8 +2204,8 @@ def save_sae(sae: SAE, folder: str | os.PathLike):
 def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
     """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged."""
     (cfg, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
-    if not path.is_file():
-        raise Unavailable(f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`")
+    said = f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`"
+    check(path.is_file(), said, Unavailable)
     tensors = load_tensors(path, text)
     sae = sae_class(cfg)(cfg)
     sae.load_state_dict(tensors)
@@ -2283,8 +2227,7 @@ def load_config(folder: Path) -> tuple[Config, str]:
     Unavailable if there is none, InputError if it is damaged or older.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise Unavailable(f"{str(folder)!r} holds no run")
+    check(path.is_file(), f"{str(folder)!r} holds no run", Unavailable)
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)

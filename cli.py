@@ -57,7 +57,7 @@ WORDS = {name: field.metadata["doc"] for name, field in FIELDS.items()} | {  # t
     "prepend_bos": "begin contexts without the tokenizer's begin token",
     "skip_special": "read special tokens and first positions too: their norms are larger",
 }
-SETS = {"tiny": bt.PRESETS, "ours": bt.RECIPES}  # of defaults, by the one that applies unless told otherwise
+SETS = {"tiny": bt.PRESETS, "ours": bt.RECIPES}  # sets of defaults, each by the name of its own default
 
 def sentence(words, choices=(), default="", mark="default"):
     """The help of an option, which ends with what it accepts and its default in brackets."""
@@ -234,7 +234,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         return [read_evaluation(run) for run in runs]
     if RANK == 0:
         check_run_folder(folder, resume)
-    [cfg, *_], stopped, times = configs.values(), 0, []
+    [cfg, *_], stopped, stepping, times = configs.values(), 0, False, []
     if len(configs) > 1:
         tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens; the first steps tell how long", err)
     progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
@@ -246,13 +246,14 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
     def stop(number, frame):
         nonlocal stopped
         twice, stopped = stopped and bt.processes.size == 1, number  # torchrun sends two
-        if twice or task.total is None or task.finished:
+        if twice or not stepping:
             raise SystemExit
         if RANK == 0:
             os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
     def on_step(tokens, stats):
-        begins = task.total is None
+        nonlocal stepping
+        begins, stepping = not stepping, tokens < cfg.tokens
         now = bt.StepStats(*map(mean, zip(*stats)))
         shown = f"{task.speed or 0:,.0f} tokens/s  fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
         progress.update(task.id, total=cfg.tokens, completed=tokens)
@@ -269,6 +270,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         return bool(stopped)
 
     def on_context(done, total):
+        progress.update(task.id, total=total, completed=done)  # the time left is that of the new total
         report(f"cross-entropy: {done} of {total} contexts")
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -429,9 +431,8 @@ def held_out_activations(cfg: bt.RunConfig) -> torch.Tensor | None:
 
 # ---- Runs: SAEs trained side by side, what they write, how they continue ----
 
-# SAEs trained together may differ in these
-OWN = ("activation", "k", "n_latents", "normalize", "init", "batch_size", "lr", "beta1", "beta2", "warmup",
-       "decay", "aux_k", "aux_coef", "dead_tokens", "step", "encoder_dtype", "seed")
+SHARED = "d_model", "tokens", "eval_tokens", "device"  # what SAEs trained together share of Config
+OWN = tuple(field.name for field in fields(bt.Config) if field.name not in SHARED)
 
 def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None):
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.

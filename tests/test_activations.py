@@ -157,8 +157,8 @@ def test_documents_of_a_text_file_are_divided_by_lines_of_white_space_or_are_its
     ("a.txt", "é".encode("latin1"), "is not in UTF-8 .unexpected end of data at byte 0.; .* iconv -f latin1"),
     ("a.md", "text".encode("utf-16"), "is not in UTF-8 .invalid start byte at byte 0."),
     ("a.doc", b"x", r"ends in '.doc'; files can end in: .txt, .md, .jsonl"), ("a", b"x", "ends in ''"),
-    ("a.txt", b"one\n\ntwo\n", "too little text: 2 documents, divided by lines of white space"),
-    ("a.jsonl", b'{"text": "x"}\n' * 30, "too little text in column 'text': 30 documents; every 20th")])
+    ("a.txt", b"one\n\ntwo\n", "too little text: .* lines of white space"),
+    ("a.jsonl", b'{"text": "x"}\n' * 30, "too little text: two contexts of .* \\(every 20th\\)")])
 def test_files_that_cannot_be_used_say_why(tmp_path, lm, name, data, said):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(bt.InputError, match=said):

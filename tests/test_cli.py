@@ -371,7 +371,7 @@ def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, mon
 @pytest.mark.parametrize("arguments, said", [
     (["--k", "4;8"], "'4;8'"), 
     (["--recipe", "ours,mine"], "'mine'.*ours, paper"),
-    (["--change", "layer=2"], "field to change is 'layer'.*activation, k,"), (["--change", "lr"], "lr is ''"),
+    (["--change", "layer=2"], "field to change is 'layer'.*k, activation,"), (["--change", "lr"], "lr is ''"),
     (["--activation", "relu"], "'relu'"), (["--batch-size", "1000,1024"], "1000.*batch_size")])
 def test_a_comparison_that_cannot_be_is_refused_in_a_line(arguments, said, tmp_path):
     result = invoke("compare", "--out", tmp_path, *arguments)

@@ -76,7 +76,7 @@ def test_collect_continues_where_it_stopped_and_stops_where_there_is_no_room():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_try_largest_is_the_exact_search_or_says_that_it_failed(dtype, monkeypatch):
-    monkeypatch.setattr(bt, "KERNEL_ENTRIES", 64)  # several chunks
+    monkeypatch.setitem(bt.CHUNK_ENTRIES, "cpu", 64)  # several chunks
     failed = 0
     for seed, n_rows, n in ((0, 16, 24), (1, 13, 5), (2, 1, 3)):
         sae = random_sae(config(n_latents=23), seed)
@@ -152,10 +152,10 @@ def test_loss_and_gradients_are_the_papers(case, activation, monkeypatch):
         def __init__(self, cfg):
             super().__init__(cfg)
             self.last_threshold = float(least) / bt.HINT * 0.999
-    for name, value in (("Trainer", Started), ("RUN", 4), ("KERNEL_ENTRIES", 16 * 17)):
+    for name, value in (("Trainer", Started), ("RUN", 4)):
         monkeypatch.setattr(bt, name, value)
     attempted, searched = (count_calls(monkeypatch, name) for name in ("try_largest", "largest_entries"))
-    test_method.test_loss_and_gradients_are_the_papers("sparse", case, 40, activation, monkeypatch)
+    test_method.test_loss_and_gradients_are_the_papers("sparse", case, 17, activation, monkeypatch)
     if activation == "batchtopk":
         assert attempted and bool(searched) == (case == "fewer positives than N"), "one attempt is enough"
 
