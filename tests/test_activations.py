@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import signal
 import socket
@@ -452,6 +453,16 @@ def test_a_run_leaves_its_metrics_and_reports_them(lm, finished):
         again = {**cli.evaluate_runs({folder / name: sae}, lm)[0], "seconds": result["seconds"]}
         assert again == {key: result[key] for key in again} and result["tokens"] == 3000
         assert result["dead"] == float(sae.is_dead().float().mean()) and result["step_seconds"] > 0
+
+def test_evaluate_with_a_language_model_finds_what_a_run_reports(lm, finished):
+    sae, [result, *_] = bt.SAE.load(finished[0] / "batch"), finished[1]
+    ids = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
+    few = ids[:: math.ceil(len(ids) / sae.config.ce_contexts)]
+    found = bt.evaluate(sae, [bt.shuffled_activations(sae.config, lm, ids)], lm, few)
+    for form in ("batch", "theta"):
+        assert result[form].keys() == found[form].keys() - {"feature_density"}
+        assert all(found[form][name] == pytest.approx(value, rel=1e-6) for name, value in result[form].items())
+    assert result["theta"]["ce_sae"] != result["batch"]["ce_sae"]
 
 def test_rare_latents_fired_in_few_steps_of_the_last_tokens(lm, data, tmp_path, monkeypatch):
     for name, value in (("COUNTED", 1024), ("RARE", 300)):
