@@ -1396,6 +1396,7 @@ class RunConfig(Config):
     norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
     model_batch: int = option(0, "contexts in one forward pass of the model; 0: 4096 tokens, 32,768 on a GPU")
     buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
+    passes: int = option(1, "how often each activation is used: the model reads tokens / passes", low=1)
     ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
     checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
@@ -1700,8 +1701,8 @@ def pack(cfg, tokenizer, documents, n):
         if len(ids) >= n * cfg.context:
             break
     check(len(ids) >= min(n, 2) * cfg.context, f"dataset {cfg.dataset!r} has too little text: two contexts "
-          f"of {cfg.context} tokens are not filled by its documents (in text files, what lies between lines of "
-          "white space), or by those held out (every 20th); give more or longer ones")
+          f"of {cfg.context} tokens are not filled by its documents (in text files, what lies between lines "
+          "of white space), or by those held out (every 20th); give more or longer ones")
     return torch.frombuffer(ids, dtype=torch.int64).unfold(0, cfg.context, cfg.context), n_documents
 
 class Position(NamedTuple):
@@ -1747,18 +1748,19 @@ def activation_batches(cfg, lm, at=Position()):
     stream, most = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
     size = min(most, cfg.tokens) + cfg.context
     buffer = torch.empty(size, lm.d_model, dtype=lm.model.dtype, device=lm.device)
-    while at.tokens < cfg.tokens:  # fill the buffer, then serve its rows in a random order
+    while at.tokens < cfg.tokens:  # fill the buffer, then serve its rows, each pass in a random order
         start, n, left = at, 0, cfg.tokens - at.tokens
-        wanted = min(most, left)  # no activation is computed that no step will use
+        wanted = min(most, math.ceil(left / cfg.passes))  # no activation is computed that no step will use
         while n < wanted:
             few = min(pass_contexts(cfg, lm), math.ceil((wanted - n) / cfg.context))
             ids, positions = zip(*itertools.islice(stream, few))
             x, _ = lm.kept_activations(torch.stack(ids))
             buffer[n : n + len(x)] = x
             n, at = n + len(x), positions[-1]
-        used = left if n >= left else n - n % cfg.batch_size
-        rows = random_order(n, cfg.seed, start.documents, start.contexts)[:used].to(lm.device)
-        for i, some in enumerate(rows.split(cfg.batch_size)):
+        orders = [random_order(n, cfg.seed, *start[:2], *range(again)) for again in range(cfg.passes)]
+        rows = torch.cat(orders)[:left].to(lm.device)
+        used = left if len(rows) == left else len(rows) - len(rows) % cfg.batch_size
+        for i, some in enumerate(rows[:used].split(cfg.batch_size)):
             if i >= start.batches:
                 yield buffer[some], start._replace(batches=i + 1)
         at = at._replace(tokens=start.tokens + used)

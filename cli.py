@@ -303,7 +303,8 @@ def minutes_left(cfg, start, first, now):
 
     Until the first step the model mostly reads: the held-out tokens, and those that fill the buffer.
     """
-    reading = (first[0] - start[0]) / (2 * cfg.eval_tokens + min(cfg.buffer_tokens, cfg.tokens))
+    read = 2 * cfg.eval_tokens + min(cfg.buffer_tokens, cfg.tokens // cfg.passes)
+    reading = (first[0] - start[0]) / read / cfg.passes
     stepping = (now[0] - first[0]) / (now[1] - first[1])
     return math.ceil((cfg.tokens - now[1]) * (reading + stepping) / 60)
 

@@ -315,27 +315,36 @@ class CountingModel:
         start, self.n = self.n, self.n + ids.numel()
         return torch.stack([torch.arange(start, self.n).view_as(ids), ids], -1).float()
 
-def test_the_shuffle_buffer_mixes_activations_and_computes_none_that_no_step_uses(tmp_path, lm):
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_shuffle_buffer_mixes_activations_and_computes_none_that_no_step_uses(passes, tmp_path, lm):
     """Bug here once: a run of 50,000 tokens began by filling a buffer of 131,072."""
     model, fills = CountingModel(lm.tokenizer), {}
     cfg = small(dataset=write_texts(tmp_path, lines(600)), batch_size=64, buffer_tokens=512, context=16,
-                tokens=6_000)
+                tokens=6_000 * passes, passes=passes)
     for x, at in bt.activation_batches(cfg, model):
         fills.setdefault(model.n, []).append(x[:, 0])
     served = [torch.cat(batches) for batches in fills.values()]
-    assert [len(rows) for rows in served] == [512] * 11 + [6_000 - 11 * 512], "the last batch is a short one"
-    together = torch.cat(served)
-    assert len(together.unique()) == 6_000, "each at most once"
+    sizes = [len(rows) for rows in served]
+    assert sum(sizes) == 6_000 * passes and not any(size % 64 for size in sizes[:-1]), "only the last is short"
+    if passes == 1:
+        assert sizes == [512] * 11 + [6_000 - 11 * 512]
+    times = torch.cat(served).unique(return_counts=True)[1]
+    assert times.max() == passes and (times == passes).sum() > 5_500, "each so often, but for a rest"
     assert model.n * 2 / 3 < 6_000 + len(fills) * 16, "less than a context a buffer is read for nothing"
+    for batches in fills.values():
+        pairs = itertools.combinations([set(batch.tolist()) for batch in batches], 2)
+        assert max(len(one & other) for one, other in pairs) < 32, "each time in another order"
     for rows in served:
         assert rows.max() - rows.min() > 400 and (rows.diff() == 1).float().mean() < 0.1, "mixed"
 
-def test_activations_continue_exactly_from_every_position(tmp_path, lm, monkeypatch):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_activations_continue_exactly_from_every_position(passes, tmp_path, lm, monkeypatch):
     monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
     cfg = small(dataset=write_texts(tmp_path, lines(300)), batch_size=64, buffer_tokens=200, context=16,
-                model_batch=4, tokens=2_500)
+                model_batch=4, tokens=2_500, passes=passes)
     pairs = list(bt.activation_batches(cfg, CountingModel(lm.tokenizer)))
-    assert pairs[-1][1].documents > 100 and {at.batches for _, at in pairs} == {1, 2, 3, 4}
+    assert pairs[-1][1].documents > 100 / passes
+    assert {at.batches for _, at in pairs} == ({1, 2, 3, 4} if passes == 1 else {1, 2, 3, 4, 5, 6})
     assert sum(len(x) for x, _ in pairs) == 2_500 and len(pairs[-1][0]) == 2_500 % 64
     for i, (_, at) in enumerate(pairs):
         again = list(bt.activation_batches(cfg, CountingModel(lm.tokenizer), at))

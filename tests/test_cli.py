@@ -353,6 +353,8 @@ def test_the_time_that_is_left_is_that_of_reading_and_of_steps():
     cfg = bt.RunConfig(d_model=1, n_latents=64, tokens=500_000, eval_tokens=10_000, buffer_tokens=30_000)
     start, first, now = (100.0, 0), (105.0, 512), (115.0, 20_512)  # 1e-4 s to read a token, 5e-4 s to train
     assert cli.minutes_left(cfg, start, first, now) == math.ceil((500_000 - 20_512) * 6e-4 / 60) == 5
+    often = dataclasses.replace(cfg, tokens=5_000_000, passes=10)  # reads as much
+    assert cli.minutes_left(often, start, first, now) == math.ceil((5_000_000 - 20_512) * 5.1e-4 / 60) == 43
 
 @pytest.mark.parametrize("study", cli.STUDIES)
 def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, monkeypatch):
