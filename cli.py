@@ -57,7 +57,7 @@ WORDS = {name: field.metadata["doc"] for name, field in FIELDS.items()} | {  # t
     "prepend_bos": "begin contexts without the tokenizer's begin token",
     "skip_special": "read special tokens and first positions too: their norms are larger",
 }
-SETS = {"tiny": bt.PRESETS, "ours": bt.RECIPES}  # sets of defaults, each by the name of its own default
+SETS = {"tiny": bt.PRESETS, "ours": bt.RECIPES}  # defaults, by the choice that applies unless another is made
 
 def sentence(words, choices=(), default="", mark="default"):
     """The help of an option, which ends with what it accepts and its default in brackets."""
@@ -270,7 +270,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         return bool(stopped)
 
     def on_context(done, total):
-        progress.update(task.id, total=total, completed=done)  # the time left is that of the new total
+        progress.update(task.id, total=total, completed=done)  # a new total: the time left is estimated anew
         report(f"cross-entropy: {done} of {total} contexts")
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
