@@ -47,8 +47,8 @@ out, err = (Console(stderr=stderr, quiet=RANK > 0, markup=False, emoji=False, hi
 # ---- Options, messages, errors ----
 
 FIELDS = {field.name: field for field in fields(bt.RunConfig)[1:]}  # all but d_model
-MAIN = ("n_latents", "k", "activation", "tokens", "batch_size", "lr", "seed", "device", "model", "layer",
-        "site", "dataset")  # shown first
+MAIN = ("n_latents", "k", "activation", "tokens", "passes", "batch_size", "lr", "seed", "device", "model",
+        "layer", "site", "dataset")  # shown first
 WORDS = {name: field.metadata["doc"] for name, field in FIELDS.items()} | {  # those that fit an option better
     "device": "where to compute: cpu, cuda, cuda:1 …; auto takes a GPU if there is one",
     "eval_tokens": "held-out tokens for θ, and as many others to evaluate",
