@@ -54,7 +54,7 @@ WORDS = {name: field.metadata["doc"] for name, field in FIELDS.items()} | {  # t
     "eval_tokens": "held-out tokens for θ, and as many others to evaluate",
     "init": "start b_dec at the data's mean, or at 0 with a smaller W_enc",
     "lr": FIELDS["lr"].metadata["doc"].replace("; 0:", "; auto:"),
-    "prepend_bos": "begin contexts without the tokenizer's begin token",
+    "prepend_bos": "put no begin token in front of contexts",
     "skip_special": "read special tokens and first positions too: their norms are larger",
 }
 SETS = {"tiny": bt.PRESETS, "ours": bt.RECIPES}  # defaults, by the choice that applies unless another is made
