@@ -1395,7 +1395,7 @@ class RunConfig(Config):
     max_norm: float = option(4, "leave out tokens whose norm is over this multiple of the median; 0: none")
     norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
     model_batch: int = option(0, "contexts in one forward pass of the model; 0: 4096 tokens, 32,768 on a GPU")
-    buffer_tokens: int = option(131_072, "activations that are shuffled at a time", low=1)
+    buffer_tokens: int = option(131_072, "activations shuffled at a time; several passes want more", low=1)
     passes: int = option(1, "how often each activation is used: the model reads tokens / passes", low=1)
     ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
