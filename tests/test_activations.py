@@ -340,7 +340,8 @@ def test_the_shuffle_buffer_mixes_activations_and_computes_none_that_no_step_use
 @pytest.mark.parametrize("passes", [1, 2])
 def test_activations_continue_exactly_from_every_position(passes, tmp_path, lm, monkeypatch):
     monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
-    cfg = small(dataset=write_texts(tmp_path, lines(300)), batch_size=64, buffer_tokens=200, context=16,
+    text = Path(write_texts(tmp_path, lines(300))).with_suffix(".txt")  # is opened fast
+    cfg = small(dataset=str(text), batch_size=64, buffer_tokens=200, context=16,
                 model_batch=4, tokens=2_500, passes=passes)
     pairs = list(bt.activation_batches(cfg, CountingModel(lm.tokenizer)))
     assert pairs[-1][1].documents > 100 / passes
