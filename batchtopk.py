@@ -92,6 +92,7 @@ class Config:
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "kind of SAE: the function from Z to f")  # a key of SAES
+    topk_start: float = option(0.6, "share of the run in which each token keeps its own k (paper: 0)", high=1)
     normalize: str = option("scale", "scale: fit the biases' learning rate to x")  # see Trainer, or part two
     init: str = option("data", "data: b_dec the mean; authors: 0, and a smaller W_enc", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
@@ -117,7 +118,12 @@ class Config:
         """How many entries are kept of a batch: k for each of its tokens, rounded down, but at least 1."""
         return max(1, int(self.k * n_tokens + 1e-6))  # 0.29 · 100 is 28.999… in binary
 
-# ---- 2. Selection: what BatchTopK keeps ----------------------
+    @property
+    def row_k(self) -> int:
+        """How many entries each token keeps where training begins as TopK: a whole number."""
+        return max(1, round(self.k))
+
+# ---- 2. Selection: TopK finds, BatchTopK spends --------------
 
 def batch_topk(z: Tensor, n: int) -> Tensor:
     """BatchTopK (paper, section 3): zero all entries of z, of any shape, but the n largest positive ones.
@@ -132,6 +138,11 @@ def batch_topk(z: Tensor, n: int) -> Tensor:
     flat = z.flatten()
     values, places = flat.topk(min(n, len(flat)), sorted=False)
     return torch.zeros_like(flat).scatter(0, places, values.relu()).view_as(z)  # relu: fewer may be positive
+
+def row_topk(z: Tensor, k: int) -> Tensor:
+    """TopK (Gao et al. 2024): zero all of z [..., F] but the k largest positive entries of each row."""
+    values, latent = z.topk(min(k, z.shape[-1]), dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter(-1, latent, values.relu())
 
 # ---- 3. The sparse autoencoder -------------------------------
 
@@ -162,7 +173,9 @@ class SAE(nn.Module):
         return self.theta
 
     def select(self, z: Tensor, selection: str) -> Tensor:
-        """Zero all of Z [B, F] but the active entries: the k·B largest positive, or those above θ."""
+        """Zero all of Z [B, F] but the active entries. selection: as for encode."""
+        if selection == "topk":
+            return row_topk(z, self.config.row_k)
         if selection == "batch":
             return batch_topk(z, self.config.n_kept(len(z)))
         return z.masked_fill(z.float() <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): NaN stays in sight
@@ -175,11 +188,11 @@ class SAE(nn.Module):
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
         """Activations x [..., D], of any float dtype, to latents f [..., F].
 
-        selection: "batch", BatchTopK over all rows of x, as in training; or "theta", the inference form
-        Z · 1[Z > θ], in which each row depends on itself alone.
+        selection: "batch", BatchTopK over all rows of x, as in training; "theta", the inference form
+        Z · 1[Z > θ], in which each row depends on itself alone; or "topk", with which training begins.
         Raises: InputError for another D, dtype or selection; Unavailable where θ is needed and not estimated.
         """
-        check_choice("selection", selection, ("theta", "batch"))
+        check_choice("selection", selection, ("theta", "batch", "topk"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
         return f.view(*x.shape[:-1], f.shape[-1])
 
@@ -196,14 +209,18 @@ class SAE(nn.Module):
         """Which latents [F] have been silent for config.dead_tokens tokens or more."""
         return self.tokens_since_fired >= self.config.dead_tokens
 
+    def training_selection(self, tokens_seen: int) -> str:
+        """How a step selects after so many tokens: "topk" at the start of a run, then "batch"."""
+        return "topk" if tokens_seen < self.config.topk_start * self.config.tokens else "batch"
+
 SAES = {"batchtopk": SAE}  # by Config.activation; part two adds other kinds
 
 # ---- 4. Loss -------------------------------------------------
 
 @functools.singledispatch  # here and below: another kind of SAE can register its own
-def loss(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def loss(sae: SAE, x: Tensor, selection: str = "batch") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(L, mse, L_aux, f) for x [B, D]: mse = mean ‖X - X̂‖², L = mse + α · L_aux (paper, section 3)."""
-    f = sae.select(sae.pre_activations(x), "batch")
+    f = sae.select(sae.pre_activations(x), selection)
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     aux = auxiliary_loss(sae, x, residual.detach())
@@ -233,6 +250,12 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
 
 # The threshold of a batch is the smallest positive entry that BatchTopK keeps of it. θ is the mean of many of
 # them. Used for each token alone, it keeps about k entries on average.
+
+def batch_threshold(f: Tensor, selection: str) -> float:
+    """The smallest positive entry of f [B, F], ∞ if there is none; after TopK the mean of its rows'."""
+    groups = f if selection == "topk" else f.view(1, -1)
+    least = groups.masked_fill(groups <= 0, math.inf).amin(1)
+    return float(least[least < math.inf].mean().nan_to_num(math.inf))  # NaN: the mean of none
 
 THETA_RATE = 0.01  # weight of a new batch in the running average
 
@@ -287,7 +310,7 @@ class Trainer:
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = make_sae(cfg, self.device)
-        self.tokens_seen, self.steps = 0, 0
+        self.tokens_seen, self.steps = 0, 0  # steps since the present way of selection began
         self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
         self.adam = {s: adam_state(p.data) for s, p in self.sae.named_parameters()}  # mean, square, count
@@ -310,11 +333,14 @@ class Trainer:
         if not self.x_std:
             self.initialize_(x)
         lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # before tokens_seen grows
+        selection = self.sae.training_selection(self.tokens_seen)
         total, mse, aux, l0, dead, threshold = take_step(self, self.sae.as_rows(x))
         self.tokens_seen += len(x)
         self.steps += 1
         stats = StepStats(total, mse, aux, mse / self.variance, l0, dead, threshold, lr)
         learn_thresholds_(self.sae, self, stats)  # for BatchTopK: θ
+        if self.sae.training_selection(self.tokens_seen) != selection:  # thresholds will be others
+            self.steps, self.last_threshold = 0, 0.0
         return stats
 
     def learning_rate(self) -> float:
@@ -356,8 +382,8 @@ class Trainer:
 
 def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     """One step on x [B, D], as SAE.as_rows gives it. Returns loss, mse, aux, l0, dead, threshold."""
-    sae = trainer.sae
-    total, mse, aux, f = loss(sae, x)
+    sae, selection = trainer.sae, trainer.sae.training_selection(trainer.tokens_seen)
+    total, mse, aux, f = loss(sae, x, selection)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
     total.backward()
     learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # others have grad 0: not active, nor in L_aux
@@ -368,7 +394,7 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
     l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
-    return total.item(), mse.item(), aux.item(), l0, dead, smallest(f.detach()[active])
+    return total.item(), mse.item(), aux.item(), l0, dead, batch_threshold(f.detach(), selection)
 
 STEPS = {"plain": plain_step}  # by Config.step; part two adds "sparse", the default
 
@@ -557,9 +583,11 @@ HINT = 0.95  # the search starts at this share of the last step's threshold
 def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
     sae, cfg, n_dead = trainer.sae, trainer.cfg, count_dead(trainer.sae)
+    selection = sae.training_selection(trainer.tokens_seen)
     for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
-        recorded = find_recording(trainer, x, hint, n_dead)
-        new = recorded.forward_backward(x, hint) if recorded else forward_backward(sae, x, hint, n_dead)
+        recorded = find_recording(trainer, x, hint, n_dead, selection)
+        new = (recorded.forward_backward(x, hint) if recorded
+               else forward_backward(sae, x, hint, n_dead, selection))
         numbers = processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
         check_finite(numbers[0][0], trainer.tokens_seen)
         if numbers[0][-1]:
@@ -601,10 +629,10 @@ class Gradients(NamedTuple):
     silent: Tensor  # tokens_since_fired after this step
     numbers: Tensor  # mse, L_aux, threshold, how many latents will be dead, whether the entries are right
 
-def forward_backward(sae, x, hint, n_dead) -> Gradients:
+def forward_backward(sae, x, hint, n_dead, selection="batch") -> Gradients:
     """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries; n_dead: count_dead's."""
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
-    entries = step_entries(sae, centred, hint, dtype)
+    entries = step_entries(sae, centred, hint, dtype, selection)
     latent, row, value, right, *_ = entries
     row_sorted, order = row.int().sort(stable=True)
     x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row_sorted, len(x)))
@@ -622,7 +650,12 @@ def forward_backward(sae, x, hint, n_dead) -> Gradients:
     # Counters
     fired = starts[1:] > starts[:-1]
     silent = (sae.tokens_since_fired + len(x)).masked_fill_(fired, 0)
-    threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
+    if selection == "topk":
+        least = value.new_full((len(x),), math.inf).scatter_reduce_(0, row, value, "amin")
+        least = processes.gather(least).amin(0)
+        threshold = (least.where(least < math.inf, 0).sum() / (least < math.inf).sum()).nan_to_num(math.inf)
+    else:
+        threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
     n_silent = (silent >= sae.config.dead_tokens).sum(dtype=torch.float32)
     right = torch.ones_like(mse) if right is None else right
     numbers = torch.stack([mse, aux, threshold, n_silent, right])
@@ -644,17 +677,23 @@ def update_(trainer, new: Gradients, lr):
     trainer.sae.tokens_since_fired.copy_(new.silent)
 
 @functools.singledispatch
-def step_entries(sae, centred, hint, dtype) -> StepEntries:
+def step_entries(sae, centred, hint, dtype, selection) -> StepEntries:
     """The entries that a training step keeps of x - b_dec = centred."""
     find = try_largest if can_try(centred, hint) else find_entries
-    return StepEntries(*find(sae, centred, hint, sae.config.n_kept(len(centred)), dtype))
+    n, per_row = n_selected(sae.config, len(centred), selection)
+    return StepEntries(*find(sae, centred, hint, n, dtype, per_row))
+
+def n_selected(cfg, n_rows, selection) -> tuple[int, bool]:
+    """How many entries are kept of a batch, and whether it is that many of each row."""
+    return (cfg.row_k, True) if selection == "topk" else (cfg.n_kept(n_rows), False)
 
 @functools.singledispatch
 def search(sae, centred, selection, hint):
     """latent, row and value of the active entries, by latent, then row. hint: see find_entries."""
     if selection == "theta":
         return find_entries(sae, centred, sae.get_theta())
-    return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)))
+    n, per_row = n_selected(sae.config, len(centred), selection)
+    return find_entries(sae, centred, hint, n, per_row=per_row)
 
 def count_dead(sae) -> tuple[int, int]:
     """How many dead latents this process has, and all together.
@@ -675,8 +714,8 @@ def count_dead(sae) -> tuple[int, int]:
 # Operation 1: find entries
 
 @torch.no_grad()
-def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
-    """The n largest positive pre-activations of a batch, or with n=None all that exceed `hint`.
+def find_entries(sae, centred, hint, n=None, dtype=torch.float32, per_row=False):
+    """The n largest positive pre-activations of a batch (of each row, if per_row), or all that exceed `hint`.
 
     Args: centred, x - b_dec [B, D]; hint, a number, or without n also one for each latent [F]. With n it is
         where the search begins and changes nothing in the result: if fewer than n exceed it, all is repeated.
@@ -684,52 +723,79 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32):
         float32, and decide.
     Returns: latent, row, value [m], by latent, then row.
     """
-    for start in (hint, 0.0):
-        index, value = largest_entries(sae, centred, start, n, dtype)
+    for start in (0.0,) if per_row else (hint, 0.0):
+        index, value = largest_entries(sae, centred, start, n, dtype, per_row)
         if n is None or not start or processes.total(len(value)) >= n:
             break
     if n is not None:
-        index, value = processes.largest(index, value, n)
+        index, value = processes.largest(index, value, n, len(centred) if per_row else 0)
     return index // len(centred), index % len(centred), value
 
-def largest_entries(sae, centred, hint, n, dtype):
+def largest_entries(sae, centred, hint, n, dtype, per_row=False):
     """The n largest entries above `hint`, or all if they are fewer or n is None: as from chunk_entries.
 
-    When more than 2n entries are held, only the n largest stay, and the smallest of these becomes the
-    threshold that later ones must exceed. So one pass is exact if `hint` is not above the true threshold.
+    When more than twice what is wanted is held, only the n largest stay, and the smallest of these becomes
+    the threshold that later ones must exceed. So one pass is exact if `hint` is not above the true threshold.
+    With per_row all this is done for each row, from 0.
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
     most = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in a chunk
     columns, scratch = centred.to(dtype).T, torch.empty(most, n_rows, dtype=dtype, device=centred.device)
     thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
+    row_thresholds = centred.new_zeros(n_rows, dtype=torch.float32) if per_row else None
     index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
+    wanted = n * n_rows if per_row else n
     start, size = 0, most
     if n is not None and not hint:  # half of all exceed 0: begin with few, so that the threshold rises first
-        size = min(most, 1 + 2 * n // n_rows)
+        size = min(most, 1 + 2 * wanted // n_rows)
     while start < n_latents:
         part = slice(start, min(start + size, n_latents))
-        new = chunk_entries(sae, part, centred, columns, thresholds, scratch)
+        new = chunk_entries(sae, part, centred, columns, thresholds, row_thresholds, scratch)
         index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
         last = part.stop == n_latents
-        if n is not None and len(value) > (n if last else 2 * n):
+        if per_row and (last or len(value) > 2 * wanted):
+            best, row_thresholds = largest_of_rows(index % n_rows, value, n, row_thresholds)
+        elif n is not None and len(value) > (n if last else 2 * n):
             best = value.topk(n, sorted=False).indices.sort().values
-            index, value = index[best], value[best]
-            thresholds = value.min().expand(n_latents)
+            thresholds = value[best].min().expand(n_latents)
+        else:
+            best = slice(None)
+        index, value = index[best], value[best]
         start, size = part.stop, min(2 * size, most)
     return index, value
 
-def chunk_entries(sae, part, centred, columns, thresholds, scratch):
-    """The entries of some latents above their thresholds [F]: index (latent · B + row) and value, ascending.
-    A NaN counts as above, so that it is seen."""
+def largest_of_rows(row, value, n, thresholds):
+    """Which entries are among the n largest of their row, ascending, and each row's n-th largest, or its
+    threshold [B] where it has fewer."""
+    width = max(n, int(row.bincount(minlength=1).max()))
+    place = row_places(row, len(thresholds), width)
+    values, best = functional.pad(value, [0, 1], value=-math.inf)[place].topk(n, sorted=False)
+    best = place.gather(1, best).flatten().sort().values
+    return best[best < len(row)], torch.fmax(thresholds, values.amin(1))
+
+def row_places(row, n_rows: int, width: int):
+    """[n_rows, width]: at which places of `row` [m] each number stands, the first `width`; m for none."""
+    m, (row_sorted, order) = len(row), row.int().sort(stable=True)
+    starts = group_starts(row_sorted, n_rows)
+    place = starts[:-1, None] + torch.arange(width, device=row.device)
+    return functional.pad(order, [0, 1], value=m)[place.where(place < starts[1:, None], m)]
+
+def chunk_entries(sae, part, centred, columns, thresholds, row_thresholds, scratch):
+    """The entries of some latents above their thresholds [F], or their rows' [B]: index (latent · B + row)
+    and value, ascending. A NaN counts as above, so that it is seen."""
     W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
     z = torch.mm(W.to(columns.dtype), columns, out=scratch[: len(W)])
+    if row_thresholds is not None:
+        z.sub_(product_threshold(row_thresholds, torch.zeros_like(row_thresholds), z.dtype))
     found = flat_above(z, product_threshold(least, b, z.dtype))
+    latent, row = found // n_rows, found % n_rows
     if z.dtype == torch.float32:
-        value = z.view(-1)[found] + b[found // n_rows]
+        value = z.view(-1)[found] + b[latent]
+        value = value if row_thresholds is None else value + row_thresholds[row]
     else:
-        latent, row = found // n_rows, found % n_rows
         value = dots(W.float(), centred, latent, row) + b[latent]
-        above = ~(value <= least[latent])
+        least = least[latent] if row_thresholds is None else row_thresholds[row]
+        above = ~(value <= least)
         found, value = found[above], value[above]
     return found + part.start * n_rows, value
 
@@ -1158,14 +1224,14 @@ class RecordedStep:
     tensors that it was recorded with; settings like TF32 stay as they were.
     """
 
-    def __init__(self, trainer, x, n_dead, pool):
+    def __init__(self, trainer, x, n_dead, selection, pool):
         self.x, self.counters = torch.empty_like(x), trainer.sae.tokens_since_fired
         self.hint, self.lr = (torch.zeros((), device=x.device) for _ in range(2))
         self.before, self.after = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
         torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
         with torch.cuda.graph(self.before, pool, **options):
-            new = forward_backward(trainer.sae, self.x, self.hint, n_dead)
+            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, selection)
         with torch.cuda.graph(self.after, self.before.pool(), **options):
             update_(trainer, new, self.lr)
         torch._C._cuda_clearCublasWorkspaces()
@@ -1188,7 +1254,7 @@ recording_stream = functools.cache(torch.cuda.Stream)  # torch.cuda.graph's own 
 MOST_KINDS = 32  # how many kinds of steps are recorded for one trainer
 recordings = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other tensors
 
-def find_recording(trainer, x, hint, n_dead) -> RecordedStep | None:
+def find_recording(trainer, x, hint, n_dead, selection) -> RecordedStep | None:
     """What was recorded for a step of this kind, if it comes at least for the second time.
 
     The first compiles the kernels, which cannot be done while recording.
@@ -1198,47 +1264,35 @@ def find_recording(trainer, x, hint, n_dead) -> RecordedStep | None:
     if not fits:
         return None
     tensors = tuple(t.data_ptr() for t in itertools.chain(sae.parameters(), sae.buffers(), adam))
-    bound, kind = (trainer.cfg, trainer.x_std, tensors), (x.shape, x.dtype, n_dead)
+    bound, kind = (trainer.cfg, trainer.x_std, tensors), (x.shape, x.dtype, n_dead, selection)
     if trainer not in recordings or recordings[trainer][0] != bound:
         recordings[trainer] = bound, {}
     known = recordings[trainer][1]
     if kind in known and not known[kind]:
         pool = next((step.before.pool() for step in known.values() if step), None)
-        known[kind] = RecordedStep(trainer, x, n_dead, pool)
+        known[kind] = RecordedStep(trainer, x, n_dead, selection, pool)
     elif len(known) < MOST_KINDS:
         known.setdefault(kind)
     return known.get(kind)
 
 # ---- 9. Rivals: TopK, JumpReLU; standardised tokens ----------
 
-def row_topk(z: Tensor, k: int) -> Tensor:
-    """TopK (Gao et al. 2024): zero all of z [..., F] but the k largest positive entries of each row."""
-    values, latent = z.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(z).scatter(-1, latent, values.relu())  # relu: fewer may be positive
-
 class TopKSAE(SAE):
     """Keeps k latents of each token, in training and at inference."""
 
     def select(self, z, selection):
-        return row_topk(z, int(self.config.k))
+        return super().select(z, "topk")
+
+    def training_selection(self, tokens_seen):
+        return "topk"
 
 @search.register(TopKSAE)
-def row_entries(sae, centred, selection, hint):
-    """The k largest positive entries of each row, some rows at a time; always in float32."""
-    size, k = max(1, CHUNK_ENTRIES[centred.device.type] // len(sae.b_enc)), int(sae.config.k)
-    W, b = sae.W_enc.float(), sae.b_enc.float()
-    parts = [functional.linear(rows, W, b).topk(k, sorted=False) for rows in centred.split(size)]
-    value, latent = (torch.cat(part) for part in zip(*parts))
-    row, place = (~(value <= 0)).nonzero().T
-    latent, order = latent[row, place].sort(stable=True)
-    return latent, row[order], value[row, place][order]
+def topk_search(sae, centred, selection, hint):
+    """The k largest positive entries of each row, whatever the selection."""
+    return search.dispatch(SAE)(sae, centred, "topk", hint)
 
-@step_entries.register(TopKSAE)
-def topk_entries(sae, centred, hint, dtype):
-    """Those of search: torch.topk needs no hint."""
-    return StepEntries(*row_entries(sae, centred, "batch", hint))
-
-JUMP_START = 0.3  # share of the run in which JumpReLU selects as BatchTopK and all thresholds follow its θ
+JUMP_START = 0.3  # share of the run in which JumpReLU selects as BatchTopK and all thresholds follow its θ;
+JUMP_AFTER = 0.1  # after topk_start at least this share
 WINDOW = 0.03  # width ε of the kernel, in units of the inputs' root mean squared norm (their paper: 0.001)
 L0_RATE = 0.1  # how fast the penalty's weight λ follows L0 / k, per step
 
@@ -1268,7 +1322,7 @@ def jumprelu(z, theta, width):
     return z * active - theta.detach() * rise, (active - rise).sum()
 
 @loss.register(JumpReLUSAE)
-def jumprelu_loss(sae, x):
+def jumprelu_loss(sae, x, selection="batch"):
     """loss, with f as BatchTopK's at the start of a run, and then with the penalty λ · L0."""
     coef, width = sae.penalty.tolist()
     z, sparsity = sae.pre_activations(x), 0 * sae.log_threshold.sum()  # a gradient of 0, for Adam's counts
@@ -1276,7 +1330,7 @@ def jumprelu_loss(sae, x):
         f, n_active = jumprelu(z, sae.get_theta(), width)
         sparsity = coef * n_active / len(x)
     else:
-        f = batch_topk(z, sae.config.n_kept(len(z)))
+        f = SAE.select(sae, z, selection)
     residual = x - sae.decode(f)
     mse = residual.square().sum(1).mean()
     aux = auxiliary_loss(sae, x, residual.detach())
@@ -1288,12 +1342,12 @@ def jumprelu_search(sae, centred, selection, hint):
     return find_entries(sae, centred, sae.get_theta())
 
 @step_entries.register(JumpReLUSAE)
-def jumprelu_entries(sae, centred, hint, dtype):
+def jumprelu_entries(sae, centred, hint, dtype, selection):
     """The entries above θ and those near it, whose f is 0 and which move the thresholds."""
     coef, width = sae.penalty.tolist()
     if not coef:
         zero = torch.zeros_like(sae.log_threshold)
-        entries = step_entries.dispatch(SAE)(sae, centred, hint, dtype)
+        entries = step_entries.dispatch(SAE)(sae, centred, hint, dtype, selection)
         return entries._replace(own_gradients=lambda g: {"log_threshold": zero})
     lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
     latent, row, z = find_entries(sae, centred, lowest, None, dtype)
@@ -1317,7 +1371,7 @@ def adapt_penalty_(sae, trainer, stats):
     elif stats.l0:
         trainer.last_threshold = stats.threshold
         sae.log_threshold.data.fill_(math.log(stats.threshold))
-        if trainer.tokens_seen >= JUMP_START * cfg.tokens:
+        if trainer.tokens_seen >= max(JUMP_START, cfg.topk_start + JUMP_AFTER) * cfg.tokens:
             sae.penalty[0] = stats.threshold**2 / 2  # an entry z takes about z² from the error
             sae.penalty[1] = WINDOW * math.sqrt(trainer.variance)
 
@@ -1413,7 +1467,7 @@ class RunConfig(Config):
         """The configuration of a run; what an SAE saved from Python does not tell gets its default."""
         return cls(**vars(load_config(Path(folder))[0]))
 
-BEFORE = dict(prepend_bos=False, max_norm=0.0)  # what files mean that were written before these fields
+BEFORE = dict(prepend_bos=False, max_norm=0.0, topk_start=0.0)  # what files from before these fields mean
 LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
 PRESETS = {
     "tiny": dict(n_latents=4096),
@@ -1423,7 +1477,7 @@ PRESETS = {
 RECIPES = {  # a recipe replaces what the preset says; the update of rows and L_aux stay as they are here
     "ours": {},
     "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
-                  warmup=0, decay=0, dead_tokens=20_480),
+                  warmup=0, decay=0, dead_tokens=20_480, topk_start=0),
 }
 
 class LanguageModel:
@@ -2233,7 +2287,9 @@ def load_config(folder: Path) -> tuple[Config, str]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
-        return (RunConfig(**BEFORE | values) if "model" in values else Config(**values)), text
+        kind = RunConfig if "model" in values else Config
+        known = {field.name for field in dataclasses.fields(kind)}
+        return kind(**{name: value for name, value in BEFORE.items() if name in known} | values), text
     except Exception as error:
         raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
@@ -2297,10 +2353,19 @@ class Processes:
             return float(number)
         return float(self.sum_(torch.tensor(number, dtype=torch.float64)))
 
-    def largest(self, index, value, n: int):
-        """This process's part of the n largest entries; each brings its own n largest, or fewer."""
+    def largest(self, index, value, n: int, n_rows: int = 0):
+        """This process's part of the n largest entries; each brings its own n largest, or fewer. With n_rows
+        they are the n largest of each row."""
         if self.size == 1:
             return index, value
+        if n_rows:
+            place = row_places(index % n_rows, n_rows, n)
+            values = self.gather(functional.pad(value, [0, 1])[place])  # [size, B, n]; 0 is padding
+            values = values.transpose(0, 1).flatten(1)
+            best = values.argsort(dim=1, descending=True, stable=True)[:, :n] - self.rank * n
+            mine = place.gather(1, best.clamp(0, n - 1))[(best >= 0) & (best < n)]
+            mine = mine[mine < len(value)].sort().values
+            return index[mine], value[mine]
         values = self.gather(functional.pad(value, [0, n - len(value)])).flatten()  # 0 is padding
         best = values.argsort(descending=True, stable=True)[:n] - self.rank * n  # stable: the same for all
         mine = best[(best >= 0) & (best < len(value))].sort().values
