@@ -753,14 +753,13 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
         new = chunk_entries(sae, part, centred, columns, thresholds, row_thresholds, scratch)
         index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
         last = part.stop == n_latents
-        if per_row and (last or len(value) > 2 * wanted):
-            best, row_thresholds = largest_of_rows(index % n_rows, value, n, row_thresholds)
-        elif n is not None and len(value) > (n if last else 2 * n):
-            best = value.topk(n, sorted=False).indices.sort().values
-            thresholds = value[best].min().expand(n_latents)
-        else:
-            best = slice(None)
-        index, value = index[best], value[best]
+        if n is not None and (last or len(value) > 2 * wanted):
+            if per_row:
+                best, row_thresholds = largest_of_rows(index % n_rows, value, n, row_thresholds)
+            else:
+                best = value.topk(min(n, len(value)), sorted=False).indices.sort().values
+                thresholds = value[best].min().expand(n_latents) if len(best) else thresholds
+            index, value = index[best], value[best]
         start, size = part.stop, min(2 * size, most)
     return index, value
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import batchtopk as bt
 import test_method
 from conftest import Planted, same_tensors
-from test_method import ACTIVATIONS, CASES, config, randn, random_sae
+from test_method import ACTIVATIONS, CASES, RULES, config, randn, random_sae
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1"),
@@ -140,9 +140,9 @@ def count_calls(monkeypatch, name):
     monkeypatch.setattr(bt, name, lambda *arguments: (calls.append(1), function(*arguments))[1])
     return calls
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_are_the_papers(case, activation, monkeypatch):
+def test_loss_and_gradients_are_the_papers(case, rule, monkeypatch):
     """As in test_method, from a hint just below the threshold, if there is one."""
     sae = random_sae(config())
     x = CASES[case](sae, randn(16, 12, seed=1))
@@ -155,8 +155,8 @@ def test_loss_and_gradients_are_the_papers(case, activation, monkeypatch):
     for name, value in (("Trainer", Started), ("RUN", 4)):
         monkeypatch.setattr(bt, name, value)
     attempted, searched = (count_calls(monkeypatch, name) for name in ("try_largest", "largest_entries"))
-    test_method.test_loss_and_gradients_are_the_papers("sparse", case, 17, activation, monkeypatch)
-    if activation == "batchtopk":
+    test_method.test_loss_and_gradients_are_the_papers("sparse", case, 17, rule, monkeypatch)
+    if rule == "batchtopk":
         assert attempted and bool(searched) == (case == "fewer positives than N"), "one attempt is enough"
 
 @pytest.mark.parametrize("changes", [
