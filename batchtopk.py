@@ -1439,8 +1439,11 @@ class LanguageModel:
         dtype, source = choose_dtype(dtype, self.device), str(TINY_GPT2) if model == "tiny-gpt2" else model
         local = os.path.isdir(source)  # then the hub is never asked
         with explained(f"model {model!r} could not be loaded; give a hub name or local folder", Unavailable):
-            self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
+            self.model, loaded = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, local_files_only=local, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # refused below, by name
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        check_weights(model, loaded)
         n_tokens, n_rows = len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]
         fits = 1 < n_tokens <= n_rows
         check(fits, f"the tokenizer of {model!r} has {n_tokens} tokens, its embedding {n_rows}")
@@ -1534,6 +1537,17 @@ class LanguageModel:
         with (self.module.register_forward_pre_hook(before, with_kwargs=True) if self.reads_input
               else self.module.register_forward_hook(lambda module, args, output: replace(output))):
             return self.model(ids.to(self.device), use_cache=False).logits
+
+def check_weights(model, loaded):
+    """InputError if a checkpoint lacks weights, which transformers then draws at random; `loaded` tells."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]
+    missing, unused = sorted([*loaded["missing_keys"], *mismatched]), sorted(loaded["unexpected_keys"])
+    if missing:
+        raise InputError(f"{len(missing)} weights of model {model!r} are missing or of another shape, first "
+                         f"{missing[0]}; its files are damaged or do not belong to its config.json")
+    if unused:
+        warnings.warn(f"{len(unused)} tensors in the files of model {model!r} are unused, first {unused[0]}; "
+                      "its config.json does not know them")
 
 def fuse_gelu_(model):
     """GPT-2's GELU in one kernel instead of eight, which take a third of the model's time on a GPU."""

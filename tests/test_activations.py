@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import batchtopk as bt
 import cli
-from conftest import SMALL, Largest
+from conftest import LOADED, SMALL, Largest
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
@@ -205,6 +205,35 @@ def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
         shutil.copy(bt.TINY_GPT2 / file, tmp_path)
     with pytest.raises((bt.InputError, bt.Unavailable), match=str(tmp_path)):
         bt.LanguageModel(str(tmp_path), device="cpu")
+
+def altered(folder, change=lambda tensors: tensors, **config):
+    """The embedded model with other tensors or another configuration, in a folder."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(bt.TINY_GPT2, folder)
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(text | config))
+    return str(folder)
+
+C_FC = "transformer.h.1.mlp.c_fc.weight"
+
+@pytest.mark.parametrize("change, config, n, first", [
+    (lambda t: {"x." + name: weight for name, weight in t.items()}, {}, 53, "lm_head.weight"),
+    (lambda t: {name: t[name] for name in t if name != C_FC}, {}, 1, C_FC),
+    (lambda t: t | {C_FC: t[C_FC][:, 1:].contiguous()}, {}, 1, C_FC),
+    (lambda t: t, {"tie_word_embeddings": False}, 1, "lm_head.weight"),
+    (lambda t: t, {"n_layer": 5}, 12, "transformer.h.4.attn.c_attn.bias")])
+def test_weights_that_are_missing_are_named_and_never_drawn_at_random(tmp_path, change, config, n, first):
+    """Bug here once: such a model trained and was evaluated with random weights, without a word."""
+    model = altered(tmp_path / "model", change, **config)
+    said = f"^{n} weights of model '{model}' are missing or of another shape, first {first}; "
+    with pytest.raises(bt.InputError, match=said):
+        bt.LanguageModel(model, device="cpu")
+
+def test_weights_that_are_not_used_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="^11 tensors .* unused, first transformer.h.3.attn.c_attn.weight"):
+        bt.LanguageModel(altered(tmp_path / "model", n_layer=3), device="cpu")
 
 def packed(texts, tokenizer, length):
     """Contexts of the texts in order: the begin token is before each text, and first in each context."""
@@ -678,7 +707,7 @@ def accelerator(lm, monkeypatch):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, make=make, device="cpu", **k: make(*a, **k).to(device))
     load = "transformers.AutoModelForCausalLM.from_pretrained"
-    monkeypatch.setattr(load, lambda *_, **__: copy.deepcopy(lm.model))
+    monkeypatch.setattr(load, lambda *_, **__: (copy.deepcopy(lm.model), LOADED))
     monkeypatch.setattr(bt, "resolve_device", lambda name: FAR if name == "far" else torch.device("cpu"))
     with OneDevice():
         yield "far"
