@@ -1450,8 +1450,9 @@ class LanguageModel:
         self.model.to(self.device).eval().requires_grad_(False)
         if self.device.type == "cuda":
             fuse_gelu_(self.model)
-        special = [i for i in self.tokenizer.all_special_ids if i is not None]
-        self.special = torch.tensor(special, dtype=torch.int64, device=self.device)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # here alone Llama 3 lists most of its own
+        special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self.special = torch.tensor(sorted(special - {None}), dtype=torch.int64, device=self.device)
         self.module, self.reads_input = find_site(self.model, layer, site, module)
         if site in PARTS and not module:
             self.module = find_part(self, layer, site)

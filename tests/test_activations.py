@@ -35,6 +35,16 @@ def gemma(tmp_path_factory):
     AutoTokenizer.from_pretrained(bt.TINY_GPT2).save_pretrained(folder)
     return str(folder)
 
+def altered(folder, change=lambda tensors: tensors, **config):
+    """The embedded model with other tensors or another configuration, in a folder."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(bt.TINY_GPT2, folder)
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(text | config))
+    return str(folder)
+
 def small(**changes):
     return bt.RunConfig(**{**SMALL, "d_model": 256, "layer": 2, **changes})
 
@@ -85,6 +95,17 @@ def test_the_first_position_and_special_tokens_are_left_out_by_default(lm):
     x, read = lm.kept_activations(ids)
     assert torch.equal(read, lm.is_kept(ids)) and torch.equal(x, lm.activations(ids)[read])
     assert bt.LanguageModel("tiny-gpt2", device="cpu", skip_special=False).is_kept(ids).all()
+
+def test_tokens_that_only_the_tokenizer_flags_as_special_are_left_out(tmp_path):
+    """Bug here once: they were read. Llama 3 lists its header and end-of-turn tokens in no other place."""
+    model = altered(tmp_path / "model")
+    text = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    word = next(word for word, i in text["model"]["vocab"].items() if i == 4095)
+    text["added_tokens"] += [{**text["added_tokens"][0], "id": 4095, "content": word}]
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(text))
+    lm = bt.LanguageModel(model, device="cpu")
+    assert lm.tokenizer.all_special_ids == [0] and lm.special.tolist() == [0, 4095]
+    assert lm.is_kept(torch.tensor([[5, 4095, 6]])).tolist() == [[False, False, True]]
 
 def test_a_local_model_never_touches_the_network(monkeypatch, gemma):
     def refuse(*arguments, **_):
@@ -205,16 +226,6 @@ def test_a_model_folder_without_a_tokenizer_is_named(tmp_path):
         shutil.copy(bt.TINY_GPT2 / file, tmp_path)
     with pytest.raises((bt.InputError, bt.Unavailable), match=str(tmp_path)):
         bt.LanguageModel(str(tmp_path), device="cpu")
-
-def altered(folder, change=lambda tensors: tensors, **config):
-    """The embedded model with other tensors or another configuration, in a folder."""
-    from safetensors.torch import load_file, save_file
-    shutil.copytree(bt.TINY_GPT2, folder)
-    tensors = change(load_file(folder / "model.safetensors"))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    text = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(text | config))
-    return str(folder)
 
 C_FC = "transformer.h.1.mlp.c_fc.weight"
 
