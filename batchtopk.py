@@ -1444,13 +1444,12 @@ class LanguageModel:
                 ignore_mismatched_sizes=True)  # refused below, by name
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         check_weights(model, loaded)
-        n_tokens, n_rows = len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]
-        fits = 1 < n_tokens <= n_rows
-        check(fits, f"the tokenizer of {model!r} has {n_tokens} tokens, its embedding {n_rows}")
+        check(len(self.tokenizer) > 1, f"the tokenizer of {model!r} has {len(self.tokenizer)} tokens")
+        self.n_rows = self.model.get_input_embeddings().weight.shape[0]
         self.model.to(self.device).eval().requires_grad_(False)
         if self.device.type == "cuda":
             fuse_gelu_(self.model)
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # here alone Llama 3 lists most of its own
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # Llama 3 lists its own only here
         special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         self.special = torch.tensor(sorted(special - {None}), dtype=torch.int64, device=self.device)
         self.module, self.reads_input = find_site(self.model, layer, site, module)
@@ -1535,6 +1534,10 @@ class LanguageModel:
                 return replace(args), given
             return args, {**given, "hidden_states": replace(given.get("hidden_states"))}
 
+        token = int(ids.max())
+        if token >= self.n_rows:  # Gemma 3 1B's tokenizer has a token for images, but its embedding no row
+            raise InputError(f"token {token} ({self.tokenizer.decode([token])!r}) is in the text, but the "
+                             f"model's embedding has {self.n_rows} rows; give other text, or the right tokenizer")
         with (self.module.register_forward_pre_hook(before, with_kwargs=True) if self.reads_input
               else self.module.register_forward_hook(lambda module, args, output: replace(output))):
             return self.model(ids.to(self.device), use_cache=False).logits
@@ -1592,7 +1595,8 @@ def find_part(lm, layer, site):
     resid_pre + attn_out + mlp_out = resid_post, but for rounding. Tokens on which rounding hides the part
     tell nothing; InputError if all do, or no modules fit.
     """
-    block, ids = lm.module, torch.linspace(1, len(lm.tokenizer) - 1, 16).long()[None]
+    block, n_tokens = lm.module, min(len(lm.tokenizer), lm.n_rows)
+    ids = torch.linspace(1, n_tokens - 1, 16).long()[None]
 
     def read(module, reads_input=False):
         lm.module, lm.reads_input = module, reads_input

@@ -107,6 +107,21 @@ def test_tokens_that_only_the_tokenizer_flags_as_special_are_left_out(tmp_path):
     assert lm.tokenizer.all_special_ids == [0] and lm.special.tolist() == [0, 4095]
     assert lm.is_kept(torch.tensor([[5, 4095, 6]])).tolist() == [[False, False, True]]
 
+def test_a_tokenizer_may_be_longer_than_the_embedding_until_such_a_token_occurs_in_the_text(tmp_path):
+    """Bug here once: Gemma 3 1B was refused, whose tokenizer ends with an image token without a row."""
+    from transformers import AutoTokenizer
+    model = altered(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<image>", "<more>"])
+    tokenizer.save_pretrained(model)
+    lm = bt.LanguageModel(model, 1, "mlp_out", device="cpu")
+    assert len(lm.tokenizer) == 4098 and lm.activations(ids_of()).shape == (4, 32, 256)
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i}, a <more>" for i in range(2000)))
+    ids = bt.held_out_contexts(small(dataset=str(tmp_path / "a.txt"), eval_tokens=100), lm.tokenizer)[0]
+    for read in (lm.kept_activations, lm.logits):
+        with pytest.raises(bt.InputError, match="token 4097 .'<more>'. .* embedding has 4096 rows"):
+            read(ids)
+
 def test_a_local_model_never_touches_the_network(monkeypatch, gemma):
     def refuse(*arguments, **_):
         raise AssertionError(f"network used: {arguments}")
