@@ -1385,7 +1385,7 @@ class RunConfig(Config):
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
                        "resid_pre", "resid_post", "mlp_out", "attn_out")
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
-    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it", *DTYPES)
+    model_dtype: str = option("auto", "precision, unless quantised; auto: bfloat16 on GPUs that have it", *DTYPES)
     dataset: str = option("stdlib", "a hub data set, a .txt, .md, .jsonl or .parquet file, or stdlib")
     dataset_config: str = option("", "configuration of a hub data set that has several")
     text_column: str = option("text", "column that holds the text")
@@ -1432,13 +1432,16 @@ class LanguageModel:
     def __init__(self, model: str, layer: int = RunConfig.layer, site: str = RunConfig.site,
                  module: str = "", *, dtype: str = "auto", device: str = "auto", skip_special: bool = True,
                  norm_limit: float = 0.0):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         self.device, self.skip_special = resolve_device(device), skip_special
         self.norm_limit, self.left_out = norm_limit, None  # a run sets both at its start
         dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
         dtype, source = choose_dtype(dtype, self.device), str(TINY_GPT2) if model == "tiny-gpt2" else model
         local = os.path.isdir(source)  # then the hub is never asked
         with explained(f"model {model!r} could not be loaded; give a hub name or local folder", Unavailable):
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
+            if getattr(config, "quantization_config", None):
+                dtype = "auto"  # the checkpoint's: another would not fit the layers that are quantised
             self.model, loaded = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, local_files_only=local, output_loading_info=True,
                 ignore_mismatched_sizes=True)  # refused below, by name
@@ -1446,16 +1449,17 @@ class LanguageModel:
         check_weights(model, loaded)
         check(len(self.tokenizer) > 1, f"the tokenizer of {model!r} has {len(self.tokenizer)} tokens")
         self.n_rows = self.model.get_input_embeddings().weight.shape[0]
-        self.model.to(self.device).eval().requires_grad_(False)
         if self.device.type == "cuda":
             fuse_gelu_(self.model)
         added = getattr(self.tokenizer, "added_tokens_decoder", {})  # Llama 3 lists its own only here
         special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
         self.special = torch.tensor(sorted(special - {None}), dtype=torch.int64, device=self.device)
         self.module, self.reads_input = find_site(self.model, layer, site, module)
-        if site in PARTS and not module:
-            self.module = find_part(self, layer, site)
-        self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+        with explained(f"model {model!r} cannot run on {self.device}; give another of them", Unavailable):
+            self.model.to(self.device).eval().requires_grad_(False)
+            if site in PARTS and not module:
+                self.module = find_part(self, layer, site)
+            self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> LanguageModel:
@@ -1535,9 +1539,9 @@ class LanguageModel:
             return args, {**given, "hidden_states": replace(given.get("hidden_states"))}
 
         token = int(ids.max())
-        if token >= self.n_rows:  # Gemma 3 1B's tokenizer has a token for images, but its embedding no row
-            raise InputError(f"token {token} ({self.tokenizer.decode([token])!r}) is in the text, but the "
-                             f"model's embedding has {self.n_rows} rows; give other text, or the right tokenizer")
+        if token >= self.n_rows:  # for example Gemma 3 1B's token for images
+            raise InputError(f"token {token} ({self.tokenizer.decode([token])!r}) is in the text, but "
+                             f"the embedding has {self.n_rows} rows; is it the model's own tokenizer?")
         with (self.module.register_forward_pre_hook(before, with_kwargs=True) if self.reads_input
               else self.module.register_forward_hook(lambda module, args, output: replace(output))):
             return self.model(ids.to(self.device), use_cache=False).logits

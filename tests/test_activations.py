@@ -144,6 +144,23 @@ def test_auto_is_bfloat16_on_gpus_that_multiply_it(dtype, device, multiplies, ex
     with pytest.raises(bt.Unavailable, match=f"asked for torch.{expected}"):
         bt.LanguageModel("tiny-gpt2", dtype=dtype, device=device)
 
+def test_a_quantised_model_keeps_its_own_precision(tmp_path, lm, monkeypatch):
+    """Bug here once: float32 was forced on what is not quantised, which ended in a traceback about types."""
+    given, model, load = [], copy.deepcopy(lm.model), "transformers.AutoModelForCausalLM.from_pretrained"
+    monkeypatch.setattr(load, lambda *_, dtype, **__: given.append(dtype) or (model, LOADED))
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    for name, config in (("plain", {}), ("quantised", quantised)):
+        bt.LanguageModel(altered(tmp_path / name, **config), device="cpu", dtype="bfloat16")
+    assert given == [torch.bfloat16, "auto"]
+
+def test_a_model_that_cannot_run_here_ends_in_one_line(tmp_path, lm, monkeypatch):
+    """As kernels for GPUs alone do, or layers of different types."""
+    model, load = copy.deepcopy(lm.model), "transformers.AutoModelForCausalLM.from_pretrained"
+    model.transformer.h[0].ln_1.half()
+    monkeypatch.setattr(load, lambda *_, **__: (model, LOADED))
+    with pytest.raises(bt.Unavailable, match="^model 'tiny-gpt2' cannot run on cpu; give another of them"):
+        bt.LanguageModel("tiny-gpt2", device="cpu")
+
 @pytest.fixture(scope="module")
 def library():
     """The standard library's sources for training, and those held out."""

@@ -255,7 +255,7 @@ def test_what_the_hub_refuses_is_explained(monkeypatch, cause, said, tmp_path):
 
     def refuse(*_, **__):
         raise OSError("a long story\nof many lines") from type(cause, (OSError,), {})()
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     result = invoke("train", "--preset", "gemma-2-2b", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 1 and re.fullmatch(f"error: .*google/gemma-2-2b.*{said}.*\n", result.stderr)
 

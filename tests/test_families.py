@@ -84,6 +84,7 @@ def site_of(monkeypatch, lm):
     def make(model, *arguments):
         loaded = model, LOADED
         monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: loaded)
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: model.config)
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: lm.tokenizer)
         return bt.LanguageModel("a model", *arguments, device="cpu")
     return make
