@@ -457,8 +457,9 @@ def check_given(batches, tokens_seen: int, tokens: int):
     return batches
 
 def check_variance(variance: float, x: Tensor):
-    """InputError if the variance of tokens x [n, D] is no number, or they are all equal."""
-    check_finite(variance, 0)
+    """InputError if tokens x [n, D] or their variance are not finite, or they are all equal."""
+    check_tokens(x, "x is", "")
+    check(math.isfinite(variance), f"the variance of x is {variance}: x is too large; divide it by a number")
     equal = len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean())
     check(not equal, "all activations are equal: there is nothing to learn")
 
@@ -466,6 +467,11 @@ def check_activations(x: Tensor, d_model: int):
     """InputError unless x are activations [..., D]."""
     fits = x.shape[-1:] == (d_model,) and x.is_floating_point()
     check(fits, f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {d_model}]")
+
+def check_tokens(x: Tensor, what: str, advice: str):
+    """InputError unless all of x [n, D] is finite."""
+    n = int((~x.isfinite()).any(1).sum())
+    check(not n, f"{what} not finite on {n} of {len(x)} tokens{advice}")
 
 def check_finite(loss: float, tokens_seen: int):
     """InputError unless a step's loss is a number."""
@@ -1385,7 +1391,7 @@ class RunConfig(Config):
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
                        "resid_pre", "resid_post", "mlp_out", "attn_out")
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
-    model_dtype: str = option("auto", "precision, unless quantised; auto: bfloat16 on GPUs that have it", *DTYPES)
+    model_dtype: str = option("auto", "precision, if not quantised; auto: bfloat16 on newer GPUs", *DTYPES)
     dataset: str = option("stdlib", "a hub data set, a .txt, .md, .jsonl or .parquet file, or stdlib")
     dataset_config: str = option("", "configuration of a hub data set that has several")
     text_column: str = option("text", "column that holds the text")
@@ -1509,7 +1515,9 @@ class LanguageModel:
         if len(mine):
             place.copy_(self.activations(mine))
         read = self.is_read(ids, processes.sum_(h))
-        return h[read], read
+        x = h[read]
+        check_tokens(x, "the model's activations at this site are", "; try another --model-dtype, or site")
+        return x, read
 
     def logits(self, ids: Tensor, edit: Callable[[Tensor], Tensor] | None = None,
                where: Tensor | None = None) -> Tensor:

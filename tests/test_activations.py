@@ -465,11 +465,23 @@ def test_a_few_tokens_that_hold_half_the_variance_are_warned_of():
     with pytest.warns(UserWarning, match="^7\\d% of the variance is that of 1 % of the tokens"):
         bt.outliers(x, 100)
 
-def test_nan_activations_are_not_left_out_silently(lm):
-    model = SinkModel(lm.tokenizer)
-    model.norm_limit, model.activations = 5.0, lambda ids: torch.full((*ids.shape, 8), torch.nan)
-    x, _ = model.kept_activations(ids_of())
-    assert x.isnan().all() and len(x) == 4 * 31
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite_are_counted_and_refused(lm, data, tmp_path, monkeypatch, value):
+    """Bug here once: "norm_limit is nan; give a number", though nobody gave one."""
+    activations, x = lm.activations, torch.randn(64, 8)
+    monkeypatch.setattr(lm, "activations", lambda ids: activations(ids).index_fill(1, torch.tensor([5]), value))
+    said = "not finite on {} of {} tokens; try another --model-dtype"
+    for limit in (0.0, 5.0):
+        monkeypatch.setattr(lm, "norm_limit", limit)
+        if value != torch.inf or not limit:  # else it is one of the tokens beyond the limit
+            with pytest.raises(bt.InputError, match=said.format(4, "\\d+")):
+                lm.kept_activations(ids_of())
+    with pytest.raises(bt.InputError, match=said.format("\\d+", "\\d+")):
+        cli.train_runs({"": configs(data)["batch"]}, lm, tmp_path / "run")
+    x[:3, 1] = value
+    cfg = bt.Config(d_model=8, n_latents=16, k=2, batch_size=64, device="cpu")
+    with pytest.raises(bt.InputError, match="^x is not finite on 3 of 64 tokens$"):
+        bt.Trainer(cfg).step(x)
 
 def test_splicing_leaves_tokens_beyond_the_limit_as_they_are(lm):
     ids, model = ids_of(), bt.LanguageModel("tiny-gpt2", 2, device="cpu")
