@@ -1658,42 +1658,78 @@ def dataset_texts(cfg):
         raise InputError(f"dataset {cfg.dataset!r} ends in {suffix!r}; files can end in: "
                          f"{', '.join((*TEXT_FILES, *TABLES))}")
     with explained(f"dataset {cfg.dataset!r} could not be read; give another, or stdlib", Unavailable):
-        texts = file_texts(cfg.dataset) if suffix in TEXT_FILES else column_texts(cfg, TABLES.get(suffix))
+        texts = file_texts(cfg.dataset) if suffix in TEXT_FILES else column_texts(cfg, suffix)
         for i, text in enumerate(texts):
             yield i % 20 == 19, text
 
-def file_texts(path):
-    """The documents of a text file: what lies between lines of white space, or its lines if there is one."""
+@contextlib.contextmanager
+def open_text(path):
+    """Open a text file. InputError if it is not in UTF-8, which may be noticed when a part of it is read."""
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    wide = start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start  # "a" in UTF-16 is "a\0", or "\0a"
+    check(not wide, f"{str(path)!r} is not in UTF-8 but in UTF-16, or is no text; convert it, for instance "
+          "with: iconv -f utf-16 -t utf-8")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            parts = (blank for blank, _ in itertools.groupby(file, str.isspace) if not blank)
-            by_line = len(list(itertools.islice(parts, 2))) < 2
-            file.seek(0)
-            for blank, lines in itertools.groupby(file, str.isspace):
-                if not blank:
-                    texts = lines if by_line else ["".join(lines)]
-                    yield from (text.rstrip("\n") for text in texts)
+            yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{str(path)!r} is not in UTF-8 ({error.reason} at byte {error.start}); convert it, "
                          "for instance with: iconv -f latin1 -t utf-8") from None
 
-def column_texts(cfg, kind):
-    """The texts in a column of a local table of that kind, or of a hub data set."""
-    from datasets import load_dataset
-    options = {"data_files": cfg.dataset} if kind else {"name": cfg.dataset_config or None}
-    load = functools.partial(load_dataset, kind or cfg.dataset, split="train", streaming=True, **options)
-    try:
-        rows = load()
-    except RuntimeError as error:  # it has a loading script; the hub keeps a parquet copy beside it
-        if "script" not in str(error):
-            raise
-        rows = load(revision="refs/convert/parquet")
-    for i, row in enumerate(rows):
+def file_texts(path):
+    """The documents of a text file: what lies between lines of white space, or its lines if there is one."""
+    with open_text(path) as file:
+        parts = (blank for blank, _ in itertools.groupby(file, str.isspace) if not blank)
+        by_line = len(list(itertools.islice(parts, 2))) < 2
+        file.seek(0)
+        for blank, lines in itertools.groupby(file, str.isspace):
+            if not blank:
+                texts = lines if by_line else ["".join(lines)]
+                yield from (text.rstrip("\n") for text in texts)
+
+def column_texts(cfg, suffix):
+    """The texts in a column of a local table, or of a hub data set."""
+    rows = {".parquet": parquet_rows}.get(suffix, json_rows) if Path(cfg.dataset).is_file() else hub_rows
+    for i, row in enumerate(rows(cfg)):
+        row = row if isinstance(row, dict) else {}
         text = row.get(cfg.text_column)
         if not isinstance(text, str):
             raise InputError(f"row {i} of {cfg.dataset!r} has no text in column {cfg.text_column!r}; its "
                              f"columns are: {', '.join(row)}")
-        yield text
+        yield text.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
+
+def json_rows(cfg):
+    """The rows of a file that has one in each line, or a list of them."""
+    with open_text(cfg.dataset) as file:
+        first = next((line for line in file if not line.isspace()), "")
+        file.seek(0)
+        lines = (json.loads(line) for line in file if not line.isspace())
+        yield from json.load(file) if first.lstrip().startswith("[") else lines
+
+def parquet_rows(cfg):
+    """The rows of a .parquet file, of the column of text alone if it is there."""
+    from pyarrow import OSFile, parquet  # which comes with datasets
+    table = parquet.ParquetFile(OSFile(cfg.dataset))
+    columns = [name for name in table.schema_arrow.names if name == cfg.text_column] or None
+    for batch in table.iter_batches(1024, columns=columns):
+        yield from batch.to_pylist()
+
+def hub_rows(cfg):
+    """The rows of a hub data set, or of what a URL or a pattern of file names stands for."""
+    from datasets import load_dataset
+    path = os.path.abspath(cfg.dataset)
+    pattern = os.path.isdir(path) and any(sign in path for sign in ("*", "?", "[", "::"))
+    check(not pattern, f"{path!r} is a folder, but would be read as a pattern; give one of its files")
+    kind = TABLES.get(Path(cfg.dataset).suffix.lower())
+    options = {"data_files": cfg.dataset} if kind else {"name": cfg.dataset_config or None}
+    load = functools.partial(load_dataset, kind or cfg.dataset, split="train", streaming=True, **options)
+    try:
+        return load()
+    except RuntimeError as error:  # it has a loading script; the hub keeps a parquet copy beside it
+        if "script" not in str(error):
+            raise
+        return load(revision="refs/convert/parquet")
 
 GROUP_CHARACTERS = 1 << 14, min(8, os.cpu_count() or 1) << 20  # tokenised at a time, at first and at most
 
