@@ -411,6 +411,32 @@ def test_token_text_cannot_become_markup_or_leave_its_line():
     styles = {str(span.style) for span in cli.context_line(CONTEXT, 4.0).spans}
     assert styles == {"bold reverse cyan", "cyan"}, "weak activations are less conspicuous than strong ones"
 
+@pytest.mark.parametrize("blank", ["▁", "Ġ"])
+def test_a_token_is_shown_as_it_stands_in_text(blank):
+    """Bug here once: Llama 2's tokenizer strips the first blank, and contexts were "comparisoninvolvingsNaN".
+    Others tidy up, and take the blank before a full stop."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    texts = [" comparison", " involving", "s", " NaN", " .", " n't", "   ", "\n", "é", "<|end|>"]
+    words = [text.replace(" ", blank) for text in texts]
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    if blank == "Ġ":
+        words[7:9], decoder = ["Ċ", "Ã©"], decoders.ByteLevel()
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    plain.decoder = decoder
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token="<|end|>", clean_up_tokenization_spaces=True)
+    assert [tokenizer.decode([i]) for i in range(len(texts))] != texts, "or this would test nothing"
+    assert [cli.token_text(tokenizer, i) for i in range(len(texts))] == texts
+
+def test_all_tokens_of_a_latent_are_shown_so(run, monkeypatch):
+    sae, lm = cli.load(run[0], "cpu")
+    monkeypatch.setattr(cli, "token_text", lambda tokenizer, token: f"<{token}>")
+    [latent] = cli.describe_latents(sae, lm, torch.arange(4096).view(32, 128), count=1)["latents"]
+    shown = [token for token, _ in latent["promotes"] + latent["suppresses"]]
+    shown += [token for context in latent["top"] for token in context["tokens"]]
+    assert all(re.fullmatch(r"<\d+>", token) for token in shown) and len(shown) > 40
+
 def test_what_is_said_of_a_latent_is_so(run):
     """Against the dense encoder: densities, largest activations, contexts and the activations in them."""
     sae, lm = cli.load(run[0], "cpu")
