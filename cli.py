@@ -454,6 +454,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
     with locked(folder):
         check_room(configs, folder)
         calibration_ids, evaluation_ids = bt.held_out_contexts(cfg, lm.tokenizer)
+        warn_of_nonsense(lm, evaluation_ids[:4].to(lm.device))
         begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
         first = bt.RunConfig.load(begun[0]) if begun else cfg
         cfg = replace(cfg, model_batch=bt.pass_contexts(first, lm))
@@ -488,6 +489,13 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
             for state in state_files(folder):
                 state.unlink()
     return results
+
+def warn_of_nonsense(lm, ids):
+    """Warn if the model knows nothing of the text: then the tokenizer, or weights, are not this model's."""
+    [[loss, _]] = (bt.edited_losses(lm, ids, None, ()) / ids[:, 1:].numel()).tolist()
+    if loss > math.log(lm.n_rows):
+        warnings.warn(f"the model predicts the text worse than chance ({loss:.1f} nats per token): do model, "
+                      "tokenizer and text belong together?")
 
 COUNTED, RARE = 1_000_000, 100_000  # tokens
 

@@ -720,6 +720,18 @@ def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it(lm, data, tm
     again = bt.LanguageModel.from_config(config := bt.SAE.load(tmp_path / "10").config)
     assert again.norm_limit == config.norm_limit
 
+def test_a_tokenizer_that_is_not_the_models_is_warned_of(lm, data, tmp_path, recwarn):
+    """Bug here once: with as many tokens in another order, a run ended well and told of it by ce_clean alone."""
+    cfg = dataclasses.replace(configs(data)["batch"], tokens=256, eval_tokens=200)
+    cli.train_runs({"": cfg}, lm, tmp_path / "run")
+    assert not [w for w in recwarn if "chance" in str(w.message)]
+    other = altered(tmp_path / "model")
+    text = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    text["model"]["vocab"] = {word: -i % 4096 for word, i in text["model"]["vocab"].items()}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.warns(UserWarning, match="predicts the text worse than chance"):
+        cli.train_runs({"": cfg}, bt.LanguageModel(other, 2, device="cpu"), tmp_path / "other")
+
 def test_what_cannot_share_activations_or_a_folder_is_refused(lm, data, finished, tmp_path):
     first = configs(data)
     for changes, said in ((dict(layer=1), "layer"), (dict(batch_size=100), "batch_size")):
