@@ -1690,7 +1690,8 @@ def file_texts(path):
 
 def column_texts(cfg, suffix):
     """The texts in a column of a local table, or of a hub data set."""
-    rows = {".parquet": parquet_rows}.get(suffix, json_rows) if Path(cfg.dataset).is_file() else hub_rows
+    files = {"json": json_rows, "parquet": parquet_rows}
+    rows = files[TABLES[suffix]] if Path(cfg.dataset).is_file() else hub_rows  # which reads names as patterns
     for i, row in enumerate(rows(cfg)):
         row = row if isinstance(row, dict) else {}
         text = row.get(cfg.text_column)
