@@ -483,8 +483,9 @@ def check_given(batches, tokens_seen: int, tokens: int):
     return batches
 
 def check_variance(variance: float, x: Tensor):
-    """InputError if the variance of tokens x [n, D] is no number, or they are all equal."""
-    check_finite(variance, 0)
+    """InputError if tokens x [n, D] or their variance are not finite, or they are all equal."""
+    check_tokens(x, "x is", "")
+    check(math.isfinite(variance), f"the variance of x is {variance}: x is too large; divide it by a number")
     equal = len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean())
     check(not equal, "all activations are equal: there is nothing to learn")
 
@@ -492,6 +493,11 @@ def check_activations(x: Tensor, d_model: int):
     """InputError unless x are activations [..., D]."""
     fits = x.shape[-1:] == (d_model,) and x.is_floating_point()
     check(fits, f"x is {x.dtype} of shape {list(x.shape)}; give floats [..., {d_model}]")
+
+def check_tokens(x: Tensor, what: str, advice: str):
+    """InputError unless all of x [n, D] is finite."""
+    n = int((~x.isfinite()).any(1).sum())
+    check(not n, f"{what} not finite on {n} of {len(x)} tokens{advice}")
 
 def check_finite(loss: float, tokens_seen: int):
     """InputError unless a step's loss is a number."""
@@ -1506,7 +1512,7 @@ class RunConfig(Config):
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
                        "resid_pre", "resid_post", "mlp_out", "attn_out")
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
-    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it", *DTYPES)
+    model_dtype: str = option("auto", "precision, if not quantised; auto: bfloat16 on newer GPUs", *DTYPES)
     dataset: str = option("stdlib", "a hub data set, a .txt, .md, .jsonl or .parquet file, or stdlib")
     dataset_config: str = option("", "configuration of a hub data set that has several")
     text_column: str = option("text", "column that holds the text")
@@ -1553,27 +1559,34 @@ class LanguageModel:
     def __init__(self, model: str, layer: int = RunConfig.layer, site: str = RunConfig.site,
                  module: str = "", *, dtype: str = "auto", device: str = "auto", skip_special: bool = True,
                  norm_limit: float = 0.0):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         self.device, self.skip_special = resolve_device(device), skip_special
         self.norm_limit, self.left_out = norm_limit, None  # a run sets both at its start
         dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
         dtype, source = choose_dtype(dtype, self.device), str(TINY_GPT2) if model == "tiny-gpt2" else model
         local = os.path.isdir(source)  # then the hub is never asked
         with explained(f"model {model!r} could not be loaded; give a hub name or local folder", Unavailable):
-            self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
+            if getattr(config, "quantization_config", None):
+                dtype = "auto"  # the checkpoint's: another would not fit the layers that are quantised
+            self.model, loaded = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, local_files_only=local, output_loading_info=True,
+                ignore_mismatched_sizes=True)  # refused below, by name
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        n_tokens, n_rows = len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]
-        fits = 1 < n_tokens <= n_rows
-        check(fits, f"the tokenizer of {model!r} has {n_tokens} tokens, its embedding {n_rows}")
-        self.model.to(self.device).eval().requires_grad_(False)
+        check_weights(model, loaded)
+        check(len(self.tokenizer) > 1, f"the tokenizer of {model!r} has {len(self.tokenizer)} tokens")
+        self.n_rows = self.model.get_input_embeddings().weight.shape[0]
         if self.device.type == "cuda":
             fuse_gelu_(self.model)
-        special = [i for i in self.tokenizer.all_special_ids if i is not None]
-        self.special = torch.tensor(special, dtype=torch.int64, device=self.device)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # Llama 3 lists its own only here
+        special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        self.special = torch.tensor(sorted(special - {None}), dtype=torch.int64, device=self.device)
         self.module, self.reads_input = find_site(self.model, layer, site, module)
-        if site in PARTS and not module:
-            self.module = find_part(self, layer, site)
-        self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+        with explained(f"model {model!r} cannot run on {self.device}; give another of them", Unavailable):
+            self.model.to(self.device).eval().requires_grad_(False)
+            if site in PARTS and not module:
+                self.module = find_part(self, layer, site)
+            self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> LanguageModel:
@@ -1623,7 +1636,9 @@ class LanguageModel:
         if len(mine):
             place.copy_(self.activations(mine))
         read = self.is_read(ids, processes.sum_(h))
-        return h[read], read
+        x = h[read]
+        check_tokens(x, "the model's activations at this site are", "; try another --model-dtype, or site")
+        return x, read
 
     def logits(self, ids: Tensor, edit: Callable[[Tensor], Tensor] | None = None,
                where: Tensor | None = None) -> Tensor:
@@ -1652,9 +1667,24 @@ class LanguageModel:
                 return replace(args), given
             return args, {**given, "hidden_states": replace(given.get("hidden_states"))}
 
+        token = int(ids.max())
+        if token >= self.n_rows:  # for example Gemma 3 1B's token for images
+            raise InputError(f"token {token} ({self.tokenizer.decode([token])!r}) is in the text, but "
+                             f"the embedding has {self.n_rows} rows; is it the model's own tokenizer?")
         with (self.module.register_forward_pre_hook(before, with_kwargs=True) if self.reads_input
               else self.module.register_forward_hook(lambda module, args, output: replace(output))):
             return self.model(ids.to(self.device), use_cache=False).logits
+
+def check_weights(model, loaded):
+    """InputError if a checkpoint lacks weights, which transformers then draws at random; `loaded` tells."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]
+    missing, unused = sorted([*loaded["missing_keys"], *mismatched]), sorted(loaded["unexpected_keys"])
+    if missing:
+        raise InputError(f"{len(missing)} weights of model {model!r} are missing or of another shape, first "
+                         f"{missing[0]}; its files are damaged or do not belong to its config.json")
+    if unused:
+        warnings.warn(f"{len(unused)} tensors in the files of model {model!r} are unused, first {unused[0]}; "
+                      "its config.json does not know them")
 
 def fuse_gelu_(model):
     """GPT-2's GELU in one kernel instead of eight, which take a third of the model's time on a GPU."""
@@ -1698,7 +1728,8 @@ def find_part(lm, layer, site):
     resid_pre + attn_out + mlp_out = resid_post, but for rounding. Tokens on which rounding hides the part
     tell nothing; InputError if all do, or no modules fit.
     """
-    block, ids = lm.module, torch.linspace(1, len(lm.tokenizer) - 1, 16).long()[None]
+    block, n_tokens = lm.module, min(len(lm.tokenizer), lm.n_rows)
+    ids = torch.linspace(1, n_tokens - 1, 16).long()[None]
 
     def read(module, reads_input=False):
         lm.module, lm.reads_input = module, reads_input
@@ -1748,42 +1779,79 @@ def dataset_texts(cfg):
         raise InputError(f"dataset {cfg.dataset!r} ends in {suffix!r}; files can end in: "
                          f"{', '.join((*TEXT_FILES, *TABLES))}")
     with explained(f"dataset {cfg.dataset!r} could not be read; give another, or stdlib", Unavailable):
-        texts = file_texts(cfg.dataset) if suffix in TEXT_FILES else column_texts(cfg, TABLES.get(suffix))
+        texts = file_texts(cfg.dataset) if suffix in TEXT_FILES else column_texts(cfg, suffix)
         for i, text in enumerate(texts):
             yield i % 20 == 19, text
 
-def file_texts(path):
-    """The documents of a text file: what lies between lines of white space, or its lines if there is one."""
+@contextlib.contextmanager
+def open_text(path):
+    """Open a text file. InputError if it is not in UTF-8, which may be noticed when a part of it is read."""
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    wide = start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start  # "a" in UTF-16 is "a\0", or "\0a"
+    check(not wide, f"{str(path)!r} is not in UTF-8 but in UTF-16, or is no text; convert it, for instance "
+          "with: iconv -f utf-16 -t utf-8")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            parts = (blank for blank, _ in itertools.groupby(file, str.isspace) if not blank)
-            by_line = len(list(itertools.islice(parts, 2))) < 2
-            file.seek(0)
-            for blank, lines in itertools.groupby(file, str.isspace):
-                if not blank:
-                    texts = lines if by_line else ["".join(lines)]
-                    yield from (text.rstrip("\n") for text in texts)
+            yield file
     except UnicodeDecodeError as error:
         raise InputError(f"{str(path)!r} is not in UTF-8 ({error.reason} at byte {error.start}); convert it, "
                          "for instance with: iconv -f latin1 -t utf-8") from None
 
-def column_texts(cfg, kind):
-    """The texts in a column of a local table of that kind, or of a hub data set."""
-    from datasets import load_dataset
-    options = {"data_files": cfg.dataset} if kind else {"name": cfg.dataset_config or None}
-    load = functools.partial(load_dataset, kind or cfg.dataset, split="train", streaming=True, **options)
-    try:
-        rows = load()
-    except RuntimeError as error:  # it has a loading script; the hub keeps a parquet copy beside it
-        if "script" not in str(error):
-            raise
-        rows = load(revision="refs/convert/parquet")
-    for i, row in enumerate(rows):
+def file_texts(path):
+    """The documents of a text file: what lies between lines of white space, or its lines if there is one."""
+    with open_text(path) as file:
+        parts = (blank for blank, _ in itertools.groupby(file, str.isspace) if not blank)
+        by_line = len(list(itertools.islice(parts, 2))) < 2
+        file.seek(0)
+        for blank, lines in itertools.groupby(file, str.isspace):
+            if not blank:
+                texts = lines if by_line else ["".join(lines)]
+                yield from (text.rstrip("\n") for text in texts)
+
+def column_texts(cfg, suffix):
+    """The texts in a column of a local table, or of a hub data set."""
+    files = {"json": json_rows, "parquet": parquet_rows}
+    rows = files[TABLES[suffix]] if Path(cfg.dataset).is_file() else hub_rows  # which reads names as patterns
+    for i, row in enumerate(rows(cfg)):
+        row = row if isinstance(row, dict) else {}
         text = row.get(cfg.text_column)
         if not isinstance(text, str):
             raise InputError(f"row {i} of {cfg.dataset!r} has no text in column {cfg.text_column!r}; its "
                              f"columns are: {', '.join(row)}")
-        yield text
+        yield text.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
+
+def json_rows(cfg):
+    """The rows of a file that has one in each line, or a list of them."""
+    with open_text(cfg.dataset) as file:
+        first = next((line for line in file if not line.isspace()), "")
+        file.seek(0)
+        lines = (json.loads(line) for line in file if not line.isspace())
+        yield from json.load(file) if first.lstrip().startswith("[") else lines
+
+def parquet_rows(cfg):
+    """The rows of a .parquet file, of the column of text alone if it is there."""
+    from pyarrow import OSFile, parquet  # which comes with datasets
+    table = parquet.ParquetFile(OSFile(cfg.dataset))
+    columns = [name for name in table.schema_arrow.names if name == cfg.text_column] or None
+    for batch in table.iter_batches(1024, columns=columns):
+        yield from batch.to_pylist()
+
+def hub_rows(cfg):
+    """The rows of a hub data set, or of what a URL or a pattern of file names stands for."""
+    from datasets import load_dataset
+    path = os.path.abspath(cfg.dataset)
+    pattern = os.path.isdir(path) and any(sign in path for sign in ("*", "?", "[", "::"))
+    check(not pattern, f"{path!r} is a folder, but would be read as a pattern; give one of its files")
+    kind = TABLES.get(Path(cfg.dataset).suffix.lower())
+    options = {"data_files": cfg.dataset} if kind else {"name": cfg.dataset_config or None}
+    load = functools.partial(load_dataset, kind or cfg.dataset, split="train", streaming=True, **options)
+    try:
+        return load()
+    except RuntimeError as error:  # it has a loading script; the hub keeps a parquet copy beside it
+        if "script" not in str(error):
+            raise
+        return load(revision="refs/convert/parquet")
 
 GROUP_CHARACTERS = 1 << 14, min(8, os.cpu_count() or 1) << 20  # tokenised at a time, at first and at most
 

@@ -454,6 +454,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
     with locked(folder):
         check_room(configs, folder)
         calibration_ids, evaluation_ids = bt.held_out_contexts(cfg, lm.tokenizer)
+        warn_of_nonsense(lm, evaluation_ids[:4].to(lm.device))
         begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
         first = bt.RunConfig.load(begun[0]) if begun else cfg
         cfg = replace(cfg, model_batch=bt.pass_contexts(first, lm))
@@ -488,6 +489,13 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
             for state in state_files(folder):
                 state.unlink()
     return results
+
+def warn_of_nonsense(lm, ids):
+    """Warn if the model knows nothing of the text: then the tokenizer, or weights, are not this model's."""
+    [[loss, _]] = (bt.edited_losses(lm, ids, None, ()) / ids[:, 1:].numel()).tolist()
+    if loss > math.log(lm.n_rows):
+        warnings.warn(f"the model predicts the text worse than chance ({loss:.1f} nats per token): do model, "
+                      "tokenizer and text belong together?")
 
 COUNTED, RARE = 1_000_000, 100_000  # tokens
 
@@ -742,7 +750,7 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
         n, t = divmod(i, T)
         first = max(0, min(t - 15, T - 24))
         ids, values = (both[n, first : first + 24].tolist() for both in (contexts, f))
-        return {"tokens": [lm.tokenizer.decode([token]) for token in ids], "peak": t - first,
+        return {"tokens": [token_text(lm.tokenizer, token) for token in ids], "peak": t - first,
                 "activations": [round(v, 4) for v in values], "value": float(f[n, t])}
 
     described = []
@@ -772,8 +780,13 @@ def logit_effects(sae, lm, latent):
     logits = (W_U.float() @ sae.W_dec[latent].to(lm.device).float()).cpu()
     logits -= logits.mean()
     order = logits.argsort()
-    return {name: [[lm.tokenizer.decode([i]), round(float(logits[i]), 4)] for i in tokens.tolist()]
+    return {name: [[token_text(lm.tokenizer, i), round(float(logits[i]), 4)] for i in tokens.tolist()]
             for name, tokens in (("promotes", order.flip(0)[:8]), ("suppresses", order[:8]))}
+
+def token_text(tokenizer, token):
+    """A token as it stands in text. Some decoders strip a blank from what comes first: so it comes twice."""
+    once, twice = (tokenizer.decode(n * [token], clean_up_tokenization_spaces=False) for n in (1, 2))
+    return twice[len(once):]
 
 def short(token):
     """A token in one line, without control characters; long runs of blanks are counted."""

@@ -33,6 +33,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out unless asked for with -m slow")
     config.option.markexpr = config.option.markexpr or "not slow"
 
+LOADED = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}  # what from_pretrained tells
+
 @pytest.fixture(scope="session")
 def lm():
     """The embedded GPT-2, read before block 2."""

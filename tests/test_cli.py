@@ -255,7 +255,7 @@ def test_what_the_hub_refuses_is_explained(monkeypatch, cause, said, tmp_path):
 
     def refuse(*_, **__):
         raise OSError("a long story\nof many lines") from type(cause, (OSError,), {})()
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     result = invoke("train", "--preset", "gemma-2-2b", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 1 and re.fullmatch(f"error: .*google/gemma-2-2b.*{said}.*\n", result.stderr)
 
@@ -298,8 +298,8 @@ def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued
 
 @pytest.mark.slow
 def test_a_malformed_line_met_in_training_ends_in_one_line_and_the_run_is_saved(tmp_path):
-    """`datasets` reads 10 MB at a time: the padding puts the bad line beyond the first chunk of text."""
-    rows = [json.dumps({"text": f"import module_{i}; " * 12, "pad": "x" * 2500}) for i in range(6000)]
+    """It lies beyond the first chunk of text, which is packed before the first step."""
+    rows = [json.dumps({"text": f"import module_{i}; " * 12}) for i in range(4000)]
     (tmp_path / "text.jsonl").write_text("\n".join(rows)[:-10])
     settings = options(tokens=100_000, eval_tokens=150, dataset=tmp_path / "text.jsonl")
     stderr = spawn("train", "--out", tmp_path, *settings).communicate(timeout=120)[1]
@@ -410,6 +410,32 @@ def test_token_text_cannot_become_markup_or_leave_its_line():
     assert "\x1b" not in captured.get() and f"«{cli.short(EVIL)}»[red]" in captured.get()
     styles = {str(span.style) for span in cli.context_line(CONTEXT, 4.0).spans}
     assert styles == {"bold reverse cyan", "cyan"}, "weak activations are less conspicuous than strong ones"
+
+@pytest.mark.parametrize("blank", ["▁", "Ġ"])
+def test_a_token_is_shown_as_it_stands_in_text(blank):
+    """Bug here once: Llama 2's tokenizer strips the first blank, and contexts were "comparisoninvolvingsNaN".
+    Others tidy up, and take the blank before a full stop."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+    texts = [" comparison", " involving", "s", " NaN", " .", " n't", "   ", "\n", "é", "<|end|>"]
+    words = [text.replace(" ", blank) for text in texts]
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    if blank == "Ġ":
+        words[7:9], decoder = ["Ċ", "Ã©"], decoders.ByteLevel()
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    plain.decoder = decoder
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token="<|end|>", clean_up_tokenization_spaces=True)
+    assert [tokenizer.decode([i]) for i in range(len(texts))] != texts, "or this would test nothing"
+    assert [cli.token_text(tokenizer, i) for i in range(len(texts))] == texts
+
+def test_all_tokens_of_a_latent_are_shown_so(run, monkeypatch):
+    sae, lm = cli.load(run[0], "cpu")
+    monkeypatch.setattr(cli, "token_text", lambda tokenizer, token: f"<{token}>")
+    [latent] = cli.describe_latents(sae, lm, torch.arange(4096).view(32, 128), count=1)["latents"]
+    shown = [token for token, _ in latent["promotes"] + latent["suppresses"]]
+    shown += [token for context in latent["top"] for token in context["tokens"]]
+    assert all(re.fullmatch(r"<\d+>", token) for token in shown) and len(shown) > 40
 
 def test_what_is_said_of_a_latent_is_so(run):
     """Against the dense encoder: densities, largest activations, contexts and the activations in them."""

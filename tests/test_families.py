@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import batchtopk as bt
+from conftest import LOADED
 
 # Families by the modules of a block that write attn_out and mlp_out. A name after + is a key of VARIANTS
 FAMILIES = {
@@ -81,7 +82,9 @@ def build(family):
 def site_of(monkeypatch, lm):
     """A function of a model, layer, site and perhaps a module: the LanguageModel that reads it there."""
     def make(model, *arguments):
-        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: model)
+        loaded = model, LOADED
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: loaded)
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: model.config)
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: lm.tokenizer)
         return bt.LanguageModel("a model", *arguments, device="cpu")
     return make
