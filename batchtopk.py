@@ -1410,8 +1410,10 @@ class RunConfig(Config):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> RunConfig:
-        """The configuration of a run; what an SAE saved from Python does not tell gets its default."""
-        return cls(**vars(load_config(Path(folder))[0]))
+        """The configuration of a run. InputError for an SAE saved from Python, which names no model."""
+        cfg, _ = load_config(Path(folder))
+        check(isinstance(cfg, cls), f"{str(folder)!r} holds no run: the SAE in it was saved from Python")
+        return cfg
 
 BEFORE = dict(prepend_bos=False, max_norm=0.0)  # what files mean that were written before these fields
 LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)

@@ -70,6 +70,13 @@ def choice(values, words):
     help = sentence(words, values, next(iter(values)))
     return Annotated[Literal[tuple(values)], Option(metavar="", show_default=False, help=help)]
 
+def instead(name):
+    """An option for a field of RunConfig, which replaces what a run's configuration says."""
+    values = tuple(bt.choices(FIELDS[name]))
+    kind = Literal[values] if values else get_type_hints(bt.RunConfig)[name]
+    help = sentence(f"{WORDS[name]}; by default the run's", values)
+    return Annotated[kind | None, Option(metavar="", help=help)]
+
 Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.")]
 Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
 Preset = choice(bt.PRESETS, "what to train on; it sets what is marked tiny")
@@ -343,25 +350,42 @@ def evaluate(
     run: Run,
     ce_contexts: Annotated[int | None, Option(
         metavar="", help=f"{sentence(WORDS['ce_contexts'])} By default the run's.", min=1)] = None,
+    model: instead("model") = None,
+    layer: instead("layer") = None,
+    site: instead("site") = None,
     device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
     """Evaluate a run on held-out text: batch selection and θ side by side."""
     with err.status("evaluating") as status:
-        sae, lm = load(run, device)
+        sae, lm = load(run, device, model=model, layer=layer, site=site)
         sae.config = replace(sae.config, ce_contexts=ce_contexts or sae.config.ce_contexts)
         report = now_and_then(status.update)
         [result] = evaluate_runs({run: sae}, lm, on_context=lambda done, total: report(
             f"cross-entropy: {done} of {total} contexts"))
     show_metrics(result, as_json)
 
-def load(run, device):
-    """The SAE of a run and the language model it reads, on a device."""
-    device = str(bt.resolve_device(device))
+def load(run, device, **site):
+    """The SAE of a run and the language model it reads, on a device.
+
+    site: model, layer and site, which replace the run's if they are given. An SAE saved from Python has none.
+    """
+    device, site = str(bt.resolve_device(device)), {name: v for name, v in site.items() if v is not None}
     sae = bt.SAE.load(run, device=device)
     sae.get_theta()  # an unset one fails before the model is loaded
-    sae.config = bt.RunConfig(**vars(sae.config))  # an SAE saved from Python names no model
-    return sae, bt.LanguageModel.from_config(replace(sae.config, device=device))
+    if not isinstance(sae.config, bt.RunConfig):
+        if len(site) < 3:
+            raise bt.InputError(f"{str(run)!r} was saved from Python and names no language model; give "
+                                "--model, --layer and --site")
+        tell(f"{run} was saved from Python and names no text; the text is that of {bt.RunConfig.dataset}", err)
+    if "layer" in site or "site" in site:
+        site["module"] = ""  # which would be read in their place
+    sae.config = bt.RunConfig(**vars(sae.config) | site)
+    lm = bt.LanguageModel.from_config(replace(sae.config, device=device))
+    if lm.d_model != sae.config.d_model:
+        raise bt.InputError(f"{str(run)!r} reads activations of width {sae.config.d_model}; those of "
+                            f"{sae.config.model!r} have {lm.d_model} at this site")
+    return sae, lm
 
 MEANINGS = {
     "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
@@ -407,7 +431,7 @@ def export(
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
     sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
-        x = held_out_activations(bt.RunConfig.load(run))
+        x = held_out_activations(run)
         found = bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
@@ -421,9 +445,10 @@ def export(
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
              "differ, the others by at most {largest_difference:.2g}.".format(active=active, **found))
 
-def held_out_activations(cfg: bt.RunConfig) -> torch.Tensor | None:
+def held_out_activations(run: Path) -> torch.Tensor | None:
     """Activations [n, D] of held-out text, or None if the run's model or text is not at hand."""
     with contextlib.suppress(bt.Unavailable, bt.InputError):
+        cfg = bt.RunConfig.load(run)
         lm = bt.LanguageModel.from_config(cfg)
         if lm.d_model == cfg.d_model:
             contexts = bt.held_out_contexts(cfg, lm.tokenizer)[1]
@@ -622,7 +647,8 @@ def check_run_folder(folder, resume=False):
     used = folder.is_file() or any(path.suffix != ".tmp" and path.name != LOCK for path in files)
     if used and not resume:
         raise bt.Unavailable(f"run {str(folder)!r} exists; choose another name, or continue it with --resume")
-    if resume and any(folder.glob("**/evaluation.json")) and not saved_states(folder):
+    finished = any(folder.glob("**/evaluation.json")) or (folder / "sae.safetensors").is_file()
+    if resume and finished and not saved_states(folder):
         raise bt.Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
 
 @contextlib.contextmanager
@@ -698,12 +724,15 @@ def latents(
     top: Annotated[int, Option(metavar="", help="How many contexts to show of each.", min=1)] = 10,
     count: Annotated[int, Option(metavar="", help="How many latents to choose.", min=1)] = 12,
     html: Annotated[Path | None, Option(metavar="", help="Write a self-contained page with search.")] = None,
+    model: instead("model") = None,
+    layer: instead("layer") = None,
+    site: instead("site") = None,
     device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
     """Show what single latents respond to and what they write, on held-out text."""
     with err.status("reading held-out text"):
-        sae, lm = load(run, device)
+        sae, lm = load(run, device, model=model, layer=layer, site=site)
         contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
         found = describe_latents(sae, lm, contexts, numbers, count, top)
     described, n_tokens = found["latents"], found["tokens"]

@@ -99,6 +99,50 @@ def test_export_without_the_model_compares_on_made_up_activations_of_its_size(ru
         found = json.loads(invoke("export", tmp_path / folder, "--json").stdout)
         assert found["k"] / 2 < found["l0"] < 2 * found["k"] and found["tokens"] == 256
 
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run, tmp_path, monkeypatch):
+    """Bug here once: on the embedded model, silently where the widths agree; `--resume` trained it anew."""
+    sae = bt.SAE.load(run[0])
+    own = {field.name: getattr(sae.config, field.name) for field in dataclasses.fields(bt.Config)}
+    sae.config, mine = bt.Config(**own | {"eval_tokens": 256}), tmp_path / "mine"
+    monkeypatch.setattr(bt, "library_texts", lambda: [(True, Path(cli.__file__).read_text()[:9000])])
+    sae.save(mine)
+    before = files_of(mine)
+    for command in (["eval", mine], ["latents", mine, "--model", "tiny-gpt2", "--layer", 1]):
+        refused = invoke(*command, "--device", "cpu")
+        said = "error: .*mine' was saved from Python.* give --model, --layer and --site\n"
+        assert refused.exit_code == 2 and re.fullmatch(said, refused.stderr), refused.output
+    exported = invoke("export", mine, "--out", tmp_path / "encoder.pt")
+    assert exported.exit_code == 0 and "made-up activations" in exported.stdout
+    resumed = invoke("train", "--resume", mine)
+    assert resumed.exit_code == 2 and "saved from Python" in resumed.stderr
+    assert before == files_of(mine)
+    bt.SAE(bt.RunConfig(**vars(sae.config))).save(mine)  # that names a model, but is no run either
+    before = files_of(mine)
+    assert "nothing to resume" in invoke("train", "--resume", mine).stderr and before == files_of(mine)
+    sae.save(mine)
+    site = ["--model", "tiny-gpt2", "--layer", 1, "--site", "resid_pre", "--device", "cpu", "--json"]
+    named = invoke("eval", mine, *site, "--ce-contexts", 1)
+    assert "text is that of stdlib" in named.stderr
+    assert 0 < json.loads(named.stdout)["theta"]["fvu"] < 1
+    assert len(json.loads(invoke("latents", mine, *site, "--count", 1).stdout)["latents"]) == 1
+
+def test_a_model_layer_or_site_given_replaces_the_runs_own(run, tmp_path):
+    config, seen = bt.RunConfig.load(run[0]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bt.LanguageModel, "from_config", lambda cfg: seen.append(cfg) or 1 / 0)
+        for options in ([], ["--model", "moved/here"], ["--layer", 2], ["--site", "mlp_out"]):
+            invoke("eval", run[0], *options, "--device", "cpu")
+        sae = bt.SAE.load(run[0])
+        sae.config = dataclasses.replace(config, module="transformer.h.1")
+        sae.save(tmp_path)
+        invoke("eval", tmp_path, "--layer", 2, "--device", "cpu")  # not ignored in favour of the module
+    assert [(cfg.model, cfg.layer, cfg.site, cfg.module) for cfg in seen] == [
+        ("tiny-gpt2", 1, "resid_pre", ""), ("moved/here", 1, "resid_pre", ""), ("tiny-gpt2", 2, "resid_pre", ""),
+        ("tiny-gpt2", 1, "mlp_out", ""), ("tiny-gpt2", 2, "resid_pre", "")]
+
 @pytest.mark.parametrize("command, left_out", [("train", {"d_model"}), ("compare", {"d_model", "seed"})])
 def test_help_shows_every_field_of_config_with_its_default_and_the_important_ones_first(command, left_out):
     lines, option = invoke(command, "--help").stdout.splitlines(), r"│ --(?:no-)?([\w-]+)"
