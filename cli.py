@@ -377,7 +377,7 @@ def load(run, device, **site):
         if len(site) < 3:
             raise bt.InputError(f"{str(run)!r} was saved from Python and names no language model; give "
                                 "--model, --layer and --site")
-        tell(f"{run} was saved from Python and names no text; the text is that of {bt.RunConfig.dataset}", err)
+        tell(f"{run} was saved from Python and names no text; the text is {bt.RunConfig.dataset}", err)
     if "layer" in site or "site" in site:
         site["module"] = ""  # which would be read in their place
     sae.config = bt.RunConfig(**vars(sae.config) | site)
@@ -767,11 +767,13 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
         steps = torch.linspace(0, len(ranked) - 1, min(count, len(ranked)))
         latents = ranked[steps.round().long()].tolist()
 
+    text = token_text(lm.tokenizer)
+
     def context(i):
         n, t = divmod(i, T)
         first = max(0, min(t - 15, T - 24))
         ids, values = (both[n, first : first + 24].tolist() for both in (contexts, f))
-        return {"tokens": [lm.tokenizer.decode([token]) for token in ids], "peak": t - first,
+        return {"tokens": list(map(text, ids)), "peak": t - first,
                 "activations": [round(v, 4) for v in values], "value": float(f[n, t])}
 
     described = []
@@ -800,9 +802,16 @@ def logit_effects(sae, lm, latent):
         return {"promotes": [], "suppresses": []}
     logits = (W_U.float() @ sae.W_dec[latent].to(lm.device).float()).cpu()
     logits -= logits.mean()
-    order = logits.argsort()
-    return {name: [[lm.tokenizer.decode([i]), round(float(logits[i]), 4)] for i in tokens.tolist()]
+    order, text = logits.argsort(), token_text(lm.tokenizer)
+    return {name: [[text(i), round(float(logits[i]), 4)] for i in tokens.tolist()]
             for name, tokens in (("promotes", order.flip(0)[:8]), ("suppresses", order[:8]))}
+
+def token_text(tokenizer):
+    """A function of a token's id to its text after another token: some decoders strip a first blank."""
+    first = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    start = len(decode(first))
+    return lambda token: decode([*first, token])[start:]
 
 def short(token):
     """A token in one line, without control characters; long runs of blanks are counted."""

@@ -125,7 +125,7 @@ def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run,
     sae.save(mine)
     site = ["--model", "tiny-gpt2", "--layer", 1, "--site", "resid_pre", "--device", "cpu", "--json"]
     named = invoke("eval", mine, *site, "--ce-contexts", 1)
-    assert "text is that of stdlib" in named.stderr
+    assert "the text is stdlib" in named.stderr
     assert 0 < json.loads(named.stdout)["theta"]["fvu"] < 1
     assert len(json.loads(invoke("latents", mine, *site, "--count", 1).stdout)["latents"]) == 1
 
@@ -140,8 +140,8 @@ def test_a_model_layer_or_site_given_replaces_the_runs_own(run, tmp_path):
         sae.save(tmp_path)
         invoke("eval", tmp_path, "--layer", 2, "--device", "cpu")  # not ignored in favour of the module
     assert [(cfg.model, cfg.layer, cfg.site, cfg.module) for cfg in seen] == [
-        ("tiny-gpt2", 1, "resid_pre", ""), ("moved/here", 1, "resid_pre", ""), ("tiny-gpt2", 2, "resid_pre", ""),
-        ("tiny-gpt2", 1, "mlp_out", ""), ("tiny-gpt2", 2, "resid_pre", "")]
+        ("tiny-gpt2", 1, "resid_pre", ""), ("moved/here", 1, "resid_pre", ""),
+        ("tiny-gpt2", 2, "resid_pre", ""), ("tiny-gpt2", 1, "mlp_out", ""), ("tiny-gpt2", 2, "resid_pre", "")]
 
 @pytest.mark.parametrize("command, left_out", [("train", {"d_model"}), ("compare", {"d_model", "seed"})])
 def test_help_shows_every_field_of_config_with_its_default_and_the_important_ones_first(command, left_out):
@@ -454,6 +454,30 @@ def test_token_text_cannot_become_markup_or_leave_its_line():
     assert "\x1b" not in captured.get() and f"«{cli.short(EVIL)}»[red]" in captured.get()
     styles = {str(span.style) for span in cli.context_line(CONTEXT, 4.0).spans}
     assert styles == {"bold reverse cyan", "cyan"}, "weak activations are less conspicuous than strong ones"
+
+def llama_tokenizer():
+    """As Llama 2's: ▁ is a blank, the decoder strips one from the beginning, bytes stand for rare letters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+    words = ["<unk>", "▁a", "▁comparison", "▁of", "s", "▁", "<0x0A>", "<0xC3>", "▁."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
+                                   clean_up_tokenization_spaces=True)
+
+def test_a_token_is_shown_as_it_stands_in_text(run, monkeypatch):
+    """Bug here once: where a decoder strips a first blank, as Llama 2's does, words ran together."""
+    text = cli.token_text(llama_tokenizer())
+    assert [text(i) for i in range(2, 9)] == [" comparison", " of", "s", " ", "\n", "�", " ."]
+    sae, lm = cli.load(run[0], "cpu")
+    decode, text = lm.tokenizer.decode, cli.token_text(lm.tokenizer)
+    assert all(text(i) == decode([i]) for i in range(len(lm.tokenizer)))
+    contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1][:4]
+    found = cli.describe_latents(sae, lm, contexts, count=3, top=1)
+    monkeypatch.setattr(lm.tokenizer, "decode", lambda *a, **given: decode(*a, **given).removeprefix(" "))
+    assert cli.describe_latents(sae, lm, contexts, count=3, top=1) == found
 
 def test_what_is_said_of_a_latent_is_so(run):
     """Against the dense encoder: densities, largest activations, contexts and the activations in them."""
