@@ -731,6 +731,8 @@ def latents(
     as_json: Json = False,
 ):
     """Show what single latents respond to and what they write, on held-out text."""
+    if html:
+        bt.check_replaceable(html, overwrite=True)
     with err.status("reading held-out text"):
         sae, lm = load(run, device, model=model, layer=layer, site=site)
         contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
@@ -738,7 +740,7 @@ def latents(
     described, n_tokens = found["latents"], found["tokens"]
     about = f"{len(described)} of {len(sae.b_enc)} latents of {run} on {n_tokens:,} held-out tokens."
     if html:
-        html.write_text(latents_page(about, described), encoding="utf-8")
+        bt.write_atomically(html, latents_page(about, described).encode())
     if as_json:
         print(json.dumps({"run": str(run), **found}))
     elif html:
@@ -879,6 +881,8 @@ def compare(
     interrupted.
     """
     options |= {"recipe": recipe, "change": change}
+    figure = out_folder / "comparison.png"
+    bt.check_replaceable(figure, overwrite=True)
     given = {name: value for name, value in options.items() if value is not None}
     lists = dict(STUDIES[study])
     lists |= {name: given.pop(name) for name in (*OWN, "recipe", "change") if name in given}
@@ -893,7 +897,6 @@ def compare(
     results = comparison_results(configs, out_folder)
     for setting, result in zip(settings, results):
         groups.setdefault(tuple(setting[name] for name in names), []).append(result)
-    figure = out_folder / "comparison.png"
     draw_comparison(names, groups, figure)
     if as_json:
         print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))

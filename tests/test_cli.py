@@ -439,6 +439,20 @@ def test_latents_shows_chosen_ones_and_writes_a_page_that_needs_nothing_else(run
     assert len(contexts) > 10 and all(len(line) <= 80 and re.search("«.+»", line) for line in contexts), text
     assert "latent 256 does not exist; give numbers from 0 to 255" in invoke(*command, 256).stderr
 
+def test_no_output_replaces_a_file_of_a_run_or_what_is_no_file(run, tmp_path):
+    """Bug here once: `latents RUN --html RUN/config.json` destroyed the run."""
+    mine = shutil.copytree(run[0], tmp_path / "mine")
+    for name in FILES:
+        assert "file of a run" in invoke("latents", mine, 3, "--html", mine / name).stderr
+    assert files_of(run[0]) == files_of(mine)
+    (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "comparison.png").symlink_to(tmp_path / "elsewhere")
+    for command in (["latents", mine, "--html", tmp_path / "link.html"],
+                    ["latents", mine, "--html", tmp_path], ["compare", "--out", tmp_path]):
+        refused = invoke(*command)
+        assert refused.exit_code == 2 and "not a regular file" in refused.stderr, refused.output
+    assert not (tmp_path / "elsewhere").exists()
+
 EVIL = '</script><script>alert("x")</script>&\x1b[31m\n'
 CONTEXT = {"tokens": [EVIL, "[red]", "weak"], "activations": [4.0, 0.0, 0.5], "peak": 0, "value": 4.0}
 LATENT = {"latent": 1, "density": 0.5, "max": 4.0, "mean": 1.0, "promotes": [[EVIL, 1.0]], "suppresses": [],
