@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import signal
+import sys
 import time
 import warnings
 from dataclasses import fields, replace
@@ -137,6 +138,11 @@ def quieten_libraries():
 
 class Commands(typer.core.TyperGroup):
     """Shows a person's mistake in any command as one line on stderr, without a traceback."""
+
+    def main(self, *arguments, **settings):
+        with contextlib.suppress(AttributeError):  # a notebook's
+            sys.stdout.reconfigure(errors="replace")  # what its encoding lacks, as θ in Latin-1
+        return super().main(*arguments, **settings)
 
     def invoke(self, context):
         quieten_libraries()

@@ -180,6 +180,13 @@ def test_help_marks_defaults_that_another_preset_recipe_or_study_changes():
     assert "[tiny, ours: 512]" in plain("train")[1] and "[ours: auto]" in plain("train")[1]
     assert "methods: batchtopk,topk,jumprelu]" in plain("compare")[1]
 
+@pytest.mark.parametrize("charset", ["ascii", "latin-1"])
+def test_what_the_terminals_encoding_lacks_is_replaced(run, charset):
+    """Bug here once: a UnicodeEncodeError for θ in a help, in a result and in a token."""
+    for arguments in (["train", "--help"], ["train", "--resume", run[0]], ["latents", run[0], 3, 5]):
+        said = CliRunner(charset=charset).invoke(cli.app, list(map(str, arguments)))
+        assert said.exit_code == 0 and "?" in said.stdout, said.exception
+
 @pytest.mark.parametrize("arguments, accepted", [
     (["train", "--preset"], bt.PRESETS), (["train", "--recipe"], bt.RECIPES),
     (["train", "--activation"], bt.SAES), (["train", "--site"], bt.choices(cli.FIELDS["site"])),
