@@ -2208,7 +2208,7 @@ def save_sae(sae: SAE, folder: str | os.PathLike):
 def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
     """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged."""
     (cfg, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
-    said = f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`"
+    said = f"{str(folder)!r} is unfinished; continue it with `train --resume {str(folder)!r}`"
     check(path.is_file(), said, Unavailable)
     tensors = load_tensors(path, text)
     sae = sae_class(cfg)(cfg)

@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -159,7 +160,7 @@ class Commands(typer.core.TyperGroup):
             who = f"process {RANK}: " if RANK else ""
             time.sleep(3 if RANK else 0)  # the first says it for all, and torchrun ends the others
             err.quiet = False
-            err.out(" ".join(f"{who}error: {'; '.join(parts)}".split()))
+            err.out(" ".join(map(str.strip, f"{who}error: {'; '.join(parts)}".splitlines())))
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
 
 def out_of_memory(error):
@@ -210,7 +211,7 @@ def train(
     if not (resume or name or several):  # several would choose different ones
         folder = free_folder(out_folder, preset)
     start = f"torchrun --nproc-per-node {bt.processes.size}" if several else "python"
-    again = f"{start} cli.py train --resume {folder}"
+    again = f"{start} cli.py train --resume {shlex.quote(str(folder))}"
     finished = bool(resume) and is_finished([folder])
     [result] = train_with_bar({"": cfg}, folder, again, bool(resume), expansion)
     show_metrics(result, as_json)
@@ -218,7 +219,7 @@ def train(
         torch.distributed.destroy_process_group()
     if not as_json:
         said = "Was finished; it lies" if finished else "Saved"
-        tell(f"\n{said} in {folder}. Next: python cli.py export {folder}")
+        tell(f"\n{said} in {folder}. Next: python cli.py export {shlex.quote(str(folder))}")
 
 def is_finished(runs):
     """Whether these folders hold evaluated runs."""
@@ -334,14 +335,14 @@ def left_out(lm):
 NUMBERS = "tokens", "k", "theta_value", "eval_tokens", "left_out", "dead", "rare", "step_seconds"
 
 def read_evaluation(run):
-    """What train_runs found of a run."""
+    """What train_runs found of a run, which may have been moved since."""
     path = run / "evaluation.json"
     with bt.explained(f"{str(path)!r} is damaged or of another version; `eval` measures the run again"):
         result = json.loads(path.read_text())
         sum(result[name] for name in NUMBERS)
         sum(result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS)
         l0_quantiles(result["theta"]["l0_histogram"])
-        return result  # all is there, and numbers
+        return result | {"run": str(run)}  # all is there, and numbers
 
 def free_folder(parent, name):
     """Make parent/name, or the first of parent/name-2, name-3 … that does not exist."""
@@ -681,7 +682,8 @@ def check_room(configs, folder):
     state = sum(24 * cfg.n_latents * cfg.d_model for cfg in configs.values())  # weights and two moments
     free = shutil.disk_usage(folder).free
     if 2 * state > free:
-        raise bt.InputError(f"the run wants {2 * state / 1e9:.1f} GB of disk; there are {free / 1e9:.1f}")
+        wanted, there = math.ceil(2 * state / 1e6) / 1000, free // 10**6 / 1000  # never the same number
+        raise bt.InputError(f"the run wants {wanted:,} GB of disk; there are {there:,}")
 
 def evaluate_runs(saes, lm, held_out=None, on_context=None):
     """JSON-ready: evaluate {folder: SAE}, all of one model and text, on its held-out text.

@@ -269,6 +269,16 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, monkeypatch
         assert re.fullmatch("error: out of memory; lower --n-latents, .*\n", result.stderr), result.stderr
         assert not list(tmp_path.glob("runs/*"))
 
+def test_a_disk_without_room_is_said_in_numbers_that_differ(tmp_path, monkeypatch):
+    """Bug here once: "wants 0.0 GB of disk; there are 0.0"."""
+    wanted = 2 * 24 * 256 * 256
+    for free in (0, wanted - 1):
+        usage = shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        stderr = invoke("train", "--out", tmp_path, *options()).stderr
+        wants, there = re.search(r"wants ([\d.,]+) GB of disk; there are ([\d.,]+)\n", stderr).groups()
+        assert wanted / 1e9 <= float(wants) < wanted / 1e9 + 0.001 and float(there) <= free / 1e9
+
 def test_a_run_name_in_use_is_refused_and_left_alone(run):
     before = {p: p.read_bytes() for p in run[0].iterdir()}
     assert "exists" in invoke("train", "--out", run[0].parent, "--name", "small", *options()).stderr
@@ -280,7 +290,8 @@ def test_a_damaged_evaluation_is_refused_in_a_line(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "run")
     path = tmp_path / "run" / "evaluation.json"
     good = json.loads(path.read_text())
-    assert json.loads(invoke("train", "--resume", tmp_path / "run", "--json").stdout) == good == run[1]
+    printed = json.loads(invoke("train", "--resume", tmp_path / "run", "--json").stdout)
+    assert good == run[1] and printed == {**good, "run": str(tmp_path / "run")}, "a copy is where it is now"
     for bad in ("", "[", "[]", "{}", json.dumps({**good, "theta": {}}), json.dumps({**good, "k": "x"})):
         path.write_text(bad)
         result = invoke("train", "--resume", tmp_path / "run")
@@ -318,10 +329,10 @@ def interrupt_after(n_steps, monkeypatch):
     monkeypatch.setattr(bt.Trainer, "step", interrupted)
 
 def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path, monkeypatch):
-    folder, again = run[0], tmp_path / "[b]small[0]"  # brackets are no markup
+    folder, again = run[0], tmp_path / "[b]small[0]  two"  # brackets are no markup, two blanks are not one
     interrupt_after(11, monkeypatch)
     result = invoke("train", "--out", tmp_path, "--name", again.name, *options())
-    said = f"saved; continue with: python cli.py train --resume {again}\n"
+    said = f"saved; continue with: python cli.py train --resume '{again}'\n"
     assert result.exit_code == 130 and said in result.stderr and not (again / "sae.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
@@ -335,6 +346,9 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
         assert (again / name).read_bytes() == (folder / name).read_bytes()
     finished = invoke("train", "--resume", again).stdout
     assert "Was finished; it lies in" in finished and "Saved" not in finished
+    assert f"{again}. Next: python cli.py export '{again}'\n" in finished, "can be pasted"
+    (again / "sae.safetensors").unlink()
+    assert f"continue it with `train --resume '{again}'`\n" in invoke("eval", again).stderr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
