@@ -313,6 +313,7 @@ class Trainer:
         self.tokens_seen, self.steps = 0, 0  # steps since the present way of selection began
         self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
+        self.n_fired = torch.zeros_like(self.sae.tokens_since_fired)  # on how many tokens, of all seen
         self.adam = {s: adam_state(p.data) for s, p in self.sae.named_parameters()}  # mean, square, count
 
     @torch.no_grad()
@@ -393,6 +394,7 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     sae.zero_grad()
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
+    trainer.n_fired += active.sum(0)
     l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
     return total.item(), mse.item(), aux.item(), l0, dead, batch_threshold(f.detach(), selection)
 
@@ -681,6 +683,7 @@ def update_(trainer, new: Gradients, lr):
         else:
             trainer.adam_(name, g, *state)
     trainer.sae.tokens_since_fired.copy_(new.silent)
+    trainer.n_fired += new.starts.diff()
 
 @functools.singledispatch
 def step_entries(sae, centred, hint, dtype, selection) -> StepEntries:
@@ -1336,7 +1339,8 @@ def find_recording(trainer, x, hint, n_dead, selection) -> RecordedStep | None:
     fits = x.is_cuda and sae.config.activation == "batchtopk" and x.shape[1] <= WIDEST and can_try(x, hint)
     if not fits:
         return None
-    tensors = tuple(t.data_ptr() for t in itertools.chain(sae.parameters(), sae.buffers(), adam))
+    tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])
+    tensors = tuple(t.data_ptr() for t in tensors)
     bound, kind = (trainer.cfg, trainer.x_std, tensors), (x.shape, x.dtype, n_dead, selection)
     if trainer not in recordings or recordings[trainer][0] != bound:
         recordings[trainer] = bound, {}
@@ -1537,8 +1541,10 @@ class RunConfig(Config):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> RunConfig:
-        """The configuration of a run; what an SAE saved from Python does not tell gets its default."""
-        return cls(**vars(load_config(Path(folder))[0]))
+        """The configuration of a run. InputError for an SAE saved from Python, which names no model."""
+        cfg, _ = load_config(Path(folder))
+        check(isinstance(cfg, cls), f"{str(folder)!r} holds no run: the SAE in it was saved from Python")
+        return cfg
 
 BEFORE = dict(prepend_bos=False, max_norm=0.0, topk_start=0.0)  # what files from before these fields mean
 LARGE = dict(dataset="Skylion007/openwebtext", batch_size=4096, tokens=10**9, dead_tokens=10**6)
@@ -2395,7 +2401,7 @@ def save_sae(sae: SAE, folder: str | os.PathLike):
 def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
     """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged."""
     (cfg, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
-    said = f"{str(folder)!r} is unfinished; continue it with `train --resume {folder}`"
+    said = f"{str(folder)!r} is unfinished; continue it with `train --resume {str(folder)!r}`"
     check(path.is_file(), said, Unavailable)
     tensors = load_tensors(path, text)
     sae = sae_class(cfg)(cfg)

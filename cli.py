@@ -17,8 +17,10 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
+import sys
 import time
 import warnings
 from dataclasses import fields, replace
@@ -28,6 +30,7 @@ from pathlib import Path
 from statistics import fmean as mean, stdev
 from typing import Annotated, Literal, get_type_hints
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin wait long for a busy core; read by:
 import torch
 import typer
 from filelock import FileLock
@@ -69,6 +72,13 @@ def choice(values, words):
     """An option that takes one of these values, by default the first."""
     help = sentence(words, values, next(iter(values)))
     return Annotated[Literal[tuple(values)], Option(metavar="", show_default=False, help=help)]
+
+def instead(name):
+    """An option for a field of RunConfig, which replaces what a run's configuration says."""
+    values = tuple(bt.choices(FIELDS[name]))
+    kind = Literal[values] if values else get_type_hints(bt.RunConfig)[name]
+    help = sentence(f"{WORDS[name]}; by default the run's", values)
+    return Annotated[kind | None, Option(metavar="", help=help)]
 
 Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.")]
 Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
@@ -131,6 +141,11 @@ def quieten_libraries():
 class Commands(typer.core.TyperGroup):
     """Shows a person's mistake in any command as one line on stderr, without a traceback."""
 
+    def main(self, *arguments, **settings):
+        with contextlib.suppress(AttributeError):  # a notebook's
+            sys.stdout.reconfigure(errors="replace")  # what its encoding lacks, as θ in Latin-1
+        return super().main(*arguments, **settings)
+
     def invoke(self, context):
         quieten_libraries()
         try:
@@ -146,7 +161,7 @@ class Commands(typer.core.TyperGroup):
             who = f"process {RANK}: " if RANK else ""
             time.sleep(3 if RANK else 0)  # the first says it for all, and torchrun ends the others
             err.quiet = False
-            err.out(" ".join(f"{who}error: {'; '.join(parts)}".split()))
+            err.out(" ".join(map(str.strip, f"{who}error: {'; '.join(parts)}".splitlines())))
             raise typer.Exit(2 if isinstance(error, bt.InputError) else 1) from None
 
 def out_of_memory(error):
@@ -197,7 +212,7 @@ def train(
     if not (resume or name or several):  # several would choose different ones
         folder = free_folder(out_folder, preset)
     start = f"torchrun --nproc-per-node {bt.processes.size}" if several else "python"
-    again = f"{start} cli.py train --resume {folder}"
+    again = f"{start} cli.py train --resume {shlex.quote(str(folder))}"
     finished = bool(resume) and is_finished([folder])
     [result] = train_with_bar({"": cfg}, folder, again, bool(resume), expansion)
     show_metrics(result, as_json)
@@ -205,7 +220,7 @@ def train(
         torch.distributed.destroy_process_group()
     if not as_json:
         said = "Was finished; it lies" if finished else "Saved"
-        tell(f"\n{said} in {folder}. Next: python cli.py export {folder}")
+        tell(f"\n{said} in {folder}. Next: python cli.py export {shlex.quote(str(folder))}")
 
 def is_finished(runs):
     """Whether these folders hold evaluated runs."""
@@ -321,14 +336,14 @@ def left_out(lm):
 NUMBERS = "tokens", "k", "theta_value", "eval_tokens", "left_out", "dead", "rare", "step_seconds"
 
 def read_evaluation(run):
-    """What train_runs found of a run."""
+    """What train_runs found of a run, which may have been moved since."""
     path = run / "evaluation.json"
     with bt.explained(f"{str(path)!r} is damaged or of another version; `eval` measures the run again"):
         result = json.loads(path.read_text())
-        sum(result[name] for name in NUMBERS)
+        sum(result[name] for name in NUMBERS) + result.get("agreement", 0)
         sum(result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS)
         l0_quantiles(result["theta"]["l0_histogram"])
-        return result  # all is there, and numbers
+        return result | {"run": str(run)}  # all is there, and numbers
 
 def free_folder(parent, name):
     """Make parent/name, or the first of parent/name-2, name-3 … that does not exist."""
@@ -343,25 +358,42 @@ def evaluate(
     run: Run,
     ce_contexts: Annotated[int | None, Option(
         metavar="", help=f"{sentence(WORDS['ce_contexts'])} By default the run's.", min=1)] = None,
+    model: instead("model") = None,
+    layer: instead("layer") = None,
+    site: instead("site") = None,
     device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
     """Evaluate a run on held-out text: batch selection and θ side by side."""
     with err.status("evaluating") as status:
-        sae, lm = load(run, device)
+        sae, lm = load(run, device, model=model, layer=layer, site=site)
         sae.config = replace(sae.config, ce_contexts=ce_contexts or sae.config.ce_contexts)
         report = now_and_then(status.update)
         [result] = evaluate_runs({run: sae}, lm, on_context=lambda done, total: report(
             f"cross-entropy: {done} of {total} contexts"))
     show_metrics(result, as_json)
 
-def load(run, device):
-    """The SAE of a run and the language model it reads, on a device."""
-    device = str(bt.resolve_device(device))
+def load(run, device, **site):
+    """The SAE of a run and the language model it reads, on a device.
+
+    site: model, layer and site, which replace the run's if they are given. An SAE saved from Python has none.
+    """
+    device, site = str(bt.resolve_device(device)), {name: v for name, v in site.items() if v is not None}
     sae = bt.SAE.load(run, device=device)
     sae.get_theta()  # an unset one fails before the model is loaded
-    sae.config = bt.RunConfig(**vars(sae.config))  # an SAE saved from Python names no model
-    return sae, bt.LanguageModel.from_config(replace(sae.config, device=device))
+    if not isinstance(sae.config, bt.RunConfig):
+        if len(site) < 3:
+            raise bt.InputError(f"{str(run)!r} was saved from Python and names no language model; give "
+                                "--model, --layer and --site")
+        tell(f"{run} was saved from Python and names no text; the text is {bt.RunConfig.dataset}", err)
+    if "layer" in site or "site" in site:
+        site["module"] = ""  # which would be read in their place
+    sae.config = bt.RunConfig(**vars(sae.config) | site)
+    lm = bt.LanguageModel.from_config(replace(sae.config, device=device))
+    if lm.d_model != sae.config.d_model:
+        raise bt.InputError(f"{str(run)!r} reads activations of width {sae.config.d_model}; those of "
+                            f"{sae.config.model!r} have {lm.d_model} at this site")
+    return sae, lm
 
 MEANINGS = {
     "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
@@ -407,7 +439,7 @@ def export(
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
     sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
-        x = held_out_activations(bt.RunConfig.load(run))
+        x = held_out_activations(run)
         found = bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
@@ -421,9 +453,10 @@ def export(
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
              "differ, the others by at most {largest_difference:.2g}.".format(active=active, **found))
 
-def held_out_activations(cfg: bt.RunConfig) -> torch.Tensor | None:
+def held_out_activations(run: Path) -> torch.Tensor | None:
     """Activations [n, D] of held-out text, or None if the run's model or text is not at hand."""
     with contextlib.suppress(bt.Unavailable, bt.InputError):
+        cfg = bt.RunConfig.load(run)
         lm = bt.LanguageModel.from_config(cfg)
         if lm.d_model == cfg.d_model:
             contexts = bt.held_out_contexts(cfg, lm.tokenizer)[1]
@@ -444,8 +477,8 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
     Args: configs, {name: RunConfig}, which may differ in the fields of OWN; on_step, called after each of the
         largest batches with the tokens seen and a list of each SAE's StepStats; if it returns True, the run
         is saved and ends in a KeyboardInterrupt; on_context, for evaluate_runs.
-    Returns: evaluate_runs' results, and of each "step_seconds", "dead" (share of latents at the end) and
-        "rare" (that fired in fewer steps than one in RARE tokens, of the last COUNTED tokens).
+    Returns: evaluate_runs' results, and of each "step_seconds", "dead" (share of latents at the end), "rare"
+        (see is_rare) and, if there are others that differ in their seed alone, "agreement" with them.
     Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
         or a run that is finished; OSError for a file that cannot be written.
     """
@@ -479,11 +512,13 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
             trainer.sae.save(folder / name)
         saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
         results = evaluate_runs(saes, lm, (evaluation_ids, evaluation), on_context)
+        agreements = seeds_agreement(trainers)
         for (name, trainer), result in zip(trainers.items(), results):
-            few = trainer.n_fired < min(COUNTED, cfg.tokens) / RARE
             dead, rare = (bt.processes.total(int(which.sum())) / trainer.cfg.n_latents
-                          for which in (trainer.sae.is_dead(), few))
+                          for which in (trainer.sae.is_dead(), is_rare(trainer)))
             result |= {"step_seconds": seconds[name], "dead": dead, "rare": rare}
+            if name in agreements:
+                result["agreement"] = agreements[name]
             write(folder / name / "evaluation.json", json.dumps(result))
         if bt.processes.rank == 0:
             for state in state_files(folder):
@@ -499,14 +534,60 @@ def warn_of_nonsense(lm, ids):
 
 COUNTED, RARE = 1_000_000, 100_000  # tokens
 
+def uncounted(cfg):
+    """After how many tokens counting for "rare" begins: the last COUNTED are counted, in whole batches."""
+    return max(0, cfg.tokens - COUNTED) // cfg.batch_size * cfg.batch_size
+
+def is_rare(trainer):
+    """Which latents [F] fired on fewer than one in RARE of the tokens that are counted."""
+    return trainer.n_fired < (trainer.cfg.tokens - uncounted(trainer.cfg)) / RARE
+
+SAME, COSINES = 0.9, 1 << 24  # the cosine that two latents must exceed; how many are held at a time
+
+def seeds_agreement(trainers):
+    """{name: mean agreement of all pairs of seeds}, without rare latents, for SAEs that others share all but
+    the seed with."""
+    groups, found = {}, {}
+    for name, trainer in trainers.items():
+        groups.setdefault(replace(trainer.cfg, seed=0), []).append(name)
+    for names in groups.values():
+        used = (trainers[name].sae.W_dec[~is_rare(trainers[name])] for name in names)
+        shares = [agreement(a, b) for a, b in itertools.combinations(used, 2)]
+        found |= {name: mean(shares) for name in names if shares}
+    return found
+
+@torch.no_grad()
+def agreement(a, b):
+    """Share of the latents of two dictionaries [n, D] and [m, D] (the mean of both) that both have.
+
+    Two are the same if each is the other's nearest, at a cosine above SAME.
+    """
+    if not len(a) or not len(b):
+        return 0.0
+    a, b = (torch.nn.functional.normalize(d.float(), dim=1) for d in (a, b))
+    (cosine, there), (_, back) = nearest(a, b), nearest(b, a)
+    mutual = back[there] == torch.arange(len(a), device=a.device)
+    n_same = int((mutual & (cosine > SAME)).sum())
+    return mean([n_same / len(a), n_same / len(b)])
+
+def nearest(a, b):
+    """The largest product of each row of a [n, D] with a row of b [m, D], and which row that is: [n] each."""
+    parts = [(part @ b.T).max(1) for part in a.split(max(1, COSINES // len(b)))]
+    return tuple(map(torch.cat, zip(*parts)))
+
+def clock(device):
+    """The time in seconds, read when a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
 def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
     """The training of train_runs, from its start or its last saved state; it ends with a saved state."""
-    for trainer in trainers.values():
-        trainer.n_fired = torch.zeros_like(trainer.sae.tokens_since_fired)  # steps; saved with the rest
     tokens, at, records = load_state_(folder, trainers, seconds)
     for name, trainer in trainers.items():
         write(folder / name / "config.json", bt.config_json(trainer.cfg))
     saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
+    now = functools.partial(clock, lm.device) if len(trainers) > 1 else time.perf_counter  # waits take time
     with contextlib.closing(bt.activation_batches(cfg, lm, at)) as batches:
         while tokens < cfg.tokens:
             try:
@@ -517,13 +598,13 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
                 raise
             x, stats = x.float(), []
             for name, trainer in trainers.items():
-                started = time.perf_counter()
+                started = now()
                 for part in x.split(trainer.cfg.batch_size):
                     last = trainer.step(part)
-                    if trainer.tokens_seen > cfg.tokens - COUNTED:
-                        trainer.n_fired += trainer.sae.tokens_since_fired == 0
+                    if trainer.tokens_seen <= uncounted(trainer.cfg):
+                        trainer.n_fired.zero_()
                 stats.append(last)
-                seconds[name] += time.perf_counter() - started
+                seconds[name] += now() - started
             before, tokens, at = tokens, tokens + len(x), after
             if passed(cfg.tokens / 100, before, tokens):
                 tenth = passed(cfg.tokens / 10, before, tokens)
@@ -630,7 +711,8 @@ def check_run_folder(folder, resume=False):
     used = folder.is_file() or any(path.suffix != ".tmp" and path.name != LOCK for path in files)
     if used and not resume:
         raise bt.Unavailable(f"run {str(folder)!r} exists; choose another name, or continue it with --resume")
-    if resume and any(folder.glob("**/evaluation.json")) and not saved_states(folder):
+    finished = any(folder.glob("**/evaluation.json")) or (folder / "sae.safetensors").is_file()
+    if resume and finished and not saved_states(folder):
         raise bt.Unavailable(f"run {str(folder)!r} is finished; there is nothing to resume")
 
 @contextlib.contextmanager
@@ -657,7 +739,8 @@ def check_room(configs, folder):
     state = sum(24 * cfg.n_latents * cfg.d_model for cfg in configs.values())  # weights and two moments
     free = shutil.disk_usage(folder).free
     if 2 * state > free:
-        raise bt.InputError(f"the run wants {2 * state / 1e9:.1f} GB of disk; there are {free / 1e9:.1f}")
+        wanted, there = math.ceil(2 * state / 1e6) / 1000, free // 10**6 / 1000  # never the same number
+        raise bt.InputError(f"the run wants {wanted:,} GB of disk; there are {there:,}")
 
 def evaluate_runs(saes, lm, held_out=None, on_context=None):
     """JSON-ready: evaluate {folder: SAE}, all of one model and text, on its held-out text.
@@ -706,18 +789,23 @@ def latents(
     top: Annotated[int, Option(metavar="", help="How many contexts to show of each.", min=1)] = 10,
     count: Annotated[int, Option(metavar="", help="How many latents to choose.", min=1)] = 12,
     html: Annotated[Path | None, Option(metavar="", help="Write a self-contained page with search.")] = None,
+    model: instead("model") = None,
+    layer: instead("layer") = None,
+    site: instead("site") = None,
     device: Device = bt.RunConfig.device,
     as_json: Json = False,
 ):
     """Show what single latents respond to and what they write, on held-out text."""
+    if html:
+        bt.check_replaceable(html, overwrite=True)
     with err.status("reading held-out text"):
-        sae, lm = load(run, device)
+        sae, lm = load(run, device, model=model, layer=layer, site=site)
         contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
         found = describe_latents(sae, lm, contexts, numbers, count, top)
     described, n_tokens = found["latents"], found["tokens"]
     about = f"{len(described)} of {len(sae.b_enc)} latents of {run} on {n_tokens:,} held-out tokens."
     if html:
-        html.write_text(latents_page(about, described), encoding="utf-8")
+        bt.write_atomically(html, latents_page(about, described).encode())
     if as_json:
         print(json.dumps({"run": str(run), **found}))
     elif html:
@@ -745,6 +833,8 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
         ranked = fired.argsort(descending=True, stable=True)[: int((fired >= top).sum())]
         steps = torch.linspace(0, len(ranked) - 1, min(count, len(ranked)))
         latents = ranked[steps.round().long()].tolist()
+
+    text = token_text(lm.tokenizer)
 
     def context(i):
         n, t = divmod(i, T)
@@ -854,6 +944,8 @@ def compare(
     interrupted.
     """
     options |= {"recipe": recipe, "change": change}
+    figure = out_folder / "comparison.png"
+    bt.check_replaceable(figure, overwrite=True)
     given = {name: value for name, value in options.items() if value is not None}
     lists = dict(STUDIES[study])
     lists |= {name: given.pop(name) for name in (*OWN, "recipe", "change") if name in given}
@@ -868,7 +960,6 @@ def compare(
     results = comparison_results(configs, out_folder)
     for setting, result in zip(settings, results):
         groups.setdefault(tuple(setting[name] for name in names), []).append(result)
-    figure = out_folder / "comparison.png"
     draw_comparison(names, groups, figure)
     if as_json:
         print(json.dumps({"folder": str(out_folder), "results": results, "figure": str(figure)}))
@@ -907,27 +998,31 @@ def mean_and_spread(group, metric, selection="theta"):
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 COLUMNS = (("theta", "fvu", "{:.4f} ±{:.4f}"), ("batch", "fvu", "{:.4f}"), ("theta", "l0", "{:.2f}"),
-           ("theta", "ce_degradation", "{:.3f} ±{:.3f}"), ("batch", "ce_degradation", "{:.3f}"))
+           ("theta", "ce_degradation", "{:.3f} ±{:.3f}"))
 
 def show_comparison(names, groups):
     """A row for each setting: mean ± standard deviation over the results of its seeds."""
+    shares = {"dead": "{:.1%}", "rare": "{:.1%}"}
+    if all("agreement" in result for group in groups.values() for result in group):
+        shares["agreement"] = "{:.0%}"
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (*names, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "rare", "s"):
+    for name in (*names, "fvu, θ", "batch", "L0", "ce", *(name[:5] for name in shares), "s"):
         table.add_column(name, justify="left" if name in names else "right", no_wrap=True)
     for key, group in groups.items():
         cells = list(key)
         for selection, metric, form in COLUMNS:
             form = form if len(group) > 1 else form.split(" ±")[0]
             cells.append(form.format(*mean_and_spread(group, metric, selection)))
-        for name, form in (("dead", "{:.1%}"), ("rare", "{:.1%}"), ("step_seconds", "{:.0f}")):
+        for name, form in (shares | {"step_seconds": "{:.0f}"}).items():
             cells.append(form.format(mean(result[name] for result in group)))
         table.add_row(*cells)
-    out.print(table, width=max(out.width, 120), crop=False)
+    Console(width=200, quiet=RANK > 0).print(table)  # a narrow terminal wraps lines, but no number is cut
     [first, *more] = next(iter(groups.values()))
     seeds = f"Mean ± standard deviation over {len(more) + 1} seeds" if more else "One seed"
+    agree = "agree: share of the others that two seeds both have; " if "agreement" in shares else ""
     tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
-         "their norm. L0: with θ; ce: loss added, nats per token; dead: at the end; rare: fired on fewer "
-         "than one token in 100,000; s: seconds in the SAE's own steps.".format(seeds, **first))
+         "their norm. L0, ce: with θ, ce: loss added, nats per token; dead: at the end; rare: fired on fewer "
+         "than one token in 100,000; {}s: seconds in the SAE's own steps.".format(seeds, agree, **first))
 
 STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"),
           "jumprelu": ("#737373", "^", ":", "JumpReLU")}

@@ -40,6 +40,23 @@ def spawn(*arguments, **settings):
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
+WAITING = """
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise SystemExit(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Finder())
+runpy.run_path("cli.py", run_name="__main__")
+"""
+
+@pytest.mark.parametrize("given, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_do_not_spin_while_they_wait_unless_the_user_says_so(given, policy):
+    """torch reads it as it is imported. Bug here once: beside one busy core a run took 3 times as long."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    found = subprocess.run([sys.executable, "-c", WAITING], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    assert found.stderr.decode().strip() == policy
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small finished run: (folder, what `train --json` printed)."""
@@ -99,6 +116,50 @@ def test_export_without_the_model_compares_on_made_up_activations_of_its_size(ru
         found = json.loads(invoke("export", tmp_path / folder, "--json").stdout)
         assert found["k"] / 2 < found["l0"] < 2 * found["k"] and found["tokens"] == 256
 
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run, tmp_path, monkeypatch):
+    """Bug here once: on the embedded model, silently where the widths agree; `--resume` trained it anew."""
+    sae = bt.SAE.load(run[0])
+    own = {field.name: getattr(sae.config, field.name) for field in dataclasses.fields(bt.Config)}
+    sae.config, mine = bt.Config(**own | {"eval_tokens": 256}), tmp_path / "mine"
+    monkeypatch.setattr(bt, "library_texts", lambda: [(True, Path(cli.__file__).read_text()[:9000])])
+    sae.save(mine)
+    before = files_of(mine)
+    for command in (["eval", mine], ["latents", mine, "--model", "tiny-gpt2", "--layer", 1]):
+        refused = invoke(*command, "--device", "cpu")
+        said = "error: .*mine' was saved from Python.* give --model, --layer and --site\n"
+        assert refused.exit_code == 2 and re.fullmatch(said, refused.stderr), refused.output
+    exported = invoke("export", mine, "--out", tmp_path / "encoder.pt")
+    assert exported.exit_code == 0 and "made-up activations" in exported.stdout
+    resumed = invoke("train", "--resume", mine)
+    assert resumed.exit_code == 2 and "saved from Python" in resumed.stderr
+    assert before == files_of(mine)
+    bt.SAE(bt.RunConfig(**vars(sae.config))).save(mine)  # that names a model, but is no run either
+    before = files_of(mine)
+    assert "nothing to resume" in invoke("train", "--resume", mine).stderr and before == files_of(mine)
+    sae.save(mine)
+    site = ["--model", "tiny-gpt2", "--layer", 1, "--site", "resid_pre", "--device", "cpu", "--json"]
+    named = invoke("eval", mine, *site, "--ce-contexts", 1)
+    assert "the text is stdlib" in named.stderr
+    assert 0 < json.loads(named.stdout)["theta"]["fvu"] < 1
+    assert len(json.loads(invoke("latents", mine, *site, "--count", 1).stdout)["latents"]) == 1
+
+def test_a_model_layer_or_site_given_replaces_the_runs_own(run, tmp_path):
+    config, seen = bt.RunConfig.load(run[0]), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bt.LanguageModel, "from_config", lambda cfg: seen.append(cfg) or 1 / 0)
+        for options in ([], ["--model", "moved/here"], ["--layer", 2], ["--site", "mlp_out"]):
+            invoke("eval", run[0], *options, "--device", "cpu")
+        sae = bt.SAE.load(run[0])
+        sae.config = dataclasses.replace(config, module="transformer.h.1")
+        sae.save(tmp_path)
+        invoke("eval", tmp_path, "--layer", 2, "--device", "cpu")  # not ignored in favour of the module
+    assert [(cfg.model, cfg.layer, cfg.site, cfg.module) for cfg in seen] == [
+        ("tiny-gpt2", 1, "resid_pre", ""), ("moved/here", 1, "resid_pre", ""),
+        ("tiny-gpt2", 2, "resid_pre", ""), ("tiny-gpt2", 1, "mlp_out", ""), ("tiny-gpt2", 2, "resid_pre", "")]
+
 @pytest.mark.parametrize("command, left_out", [("train", {"d_model"}), ("compare", {"d_model", "seed"})])
 def test_help_shows_every_field_of_config_with_its_default_and_the_important_ones_first(command, left_out):
     lines, option = invoke(command, "--help").stdout.splitlines(), r"│ --(?:no-)?([\w-]+)"
@@ -135,6 +196,13 @@ def test_help_marks_defaults_that_another_preset_recipe_or_study_changes():
             assert not marks or f"{', '.join(marks)}: " in said and "default:" not in said, said
     assert "[tiny, ours: 512]" in plain("train")[1] and "[ours: auto]" in plain("train")[1]
     assert "methods: batchtopk,topk,jumprelu]" in plain("compare")[1]
+
+@pytest.mark.parametrize("charset", ["ascii", "latin-1"])
+def test_what_the_terminals_encoding_lacks_is_replaced(run, charset):
+    """Bug here once: a UnicodeEncodeError for θ in a help, in a result and in a token."""
+    for arguments in (["train", "--help"], ["train", "--resume", run[0]], ["latents", run[0], 3, 5]):
+        said = CliRunner(charset=charset).invoke(cli.app, list(map(str, arguments)))
+        assert said.exit_code == 0 and "?" in said.stdout, said.exception
 
 @pytest.mark.parametrize("arguments, accepted", [
     (["train", "--preset"], bt.PRESETS), (["train", "--recipe"], bt.RECIPES),
@@ -218,6 +286,16 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, monkeypatch
         assert re.fullmatch("error: out of memory; lower --n-latents, .*\n", result.stderr), result.stderr
         assert not list(tmp_path.glob("runs/*"))
 
+def test_a_disk_without_room_is_said_in_numbers_that_differ(tmp_path, monkeypatch):
+    """Bug here once: "wants 0.0 GB of disk; there are 0.0"."""
+    wanted = 2 * 24 * 256 * 256
+    for free in (0, wanted - 1):
+        usage = shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        stderr = invoke("train", "--out", tmp_path, *options()).stderr
+        wants, there = re.search(r"wants ([\d.,]+) GB of disk; there are ([\d.,]+)\n", stderr).groups()
+        assert wanted / 1e9 <= float(wants) < wanted / 1e9 + 0.001 and float(there) <= free / 1e9
+
 def test_a_run_name_in_use_is_refused_and_left_alone(run):
     before = {p: p.read_bytes() for p in run[0].iterdir()}
     assert "exists" in invoke("train", "--out", run[0].parent, "--name", "small", *options()).stderr
@@ -229,7 +307,8 @@ def test_a_damaged_evaluation_is_refused_in_a_line(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "run")
     path = tmp_path / "run" / "evaluation.json"
     good = json.loads(path.read_text())
-    assert json.loads(invoke("train", "--resume", tmp_path / "run", "--json").stdout) == good == run[1]
+    printed = json.loads(invoke("train", "--resume", tmp_path / "run", "--json").stdout)
+    assert good == run[1] and printed == {**good, "run": str(tmp_path / "run")}, "a copy is where it is now"
     for bad in ("", "[", "[]", "{}", json.dumps({**good, "theta": {}}), json.dumps({**good, "k": "x"})):
         path.write_text(bad)
         result = invoke("train", "--resume", tmp_path / "run")
@@ -267,10 +346,10 @@ def interrupt_after(n_steps, monkeypatch):
     monkeypatch.setattr(bt.Trainer, "step", interrupted)
 
 def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path, monkeypatch):
-    folder, again = run[0], tmp_path / "[b]small[0]"  # brackets are no markup
+    folder, again = run[0], tmp_path / "[b]small[0]  two"  # brackets are no markup, two blanks are not one
     interrupt_after(11, monkeypatch)
     result = invoke("train", "--out", tmp_path, "--name", again.name, *options())
-    said = f"saved; continue with: python cli.py train --resume {again}\n"
+    said = f"saved; continue with: python cli.py train --resume '{again}'\n"
     assert result.exit_code == 130 and said in result.stderr and not (again / "sae.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
@@ -284,6 +363,9 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
         assert (again / name).read_bytes() == (folder / name).read_bytes()
     finished = invoke("train", "--resume", again).stdout
     assert "Was finished; it lies in" in finished and "Saved" not in finished
+    assert f"{again}. Next: python cli.py export '{again}'\n" in finished, "can be pasted"
+    (again / "sae.safetensors").unlink()
+    assert f"continue it with `train --resume '{again}'`\n" in invoke("eval", again).stderr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -338,6 +420,40 @@ def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypa
     a, b = (r["theta"]["fvu"] for r in printed["results"][:2])
     assert f"batchtopk   4  {(a + b) / 2:.4f} ±{abs(a - b) / 2**0.5:.4f}" in table
     assert not any(len(line.rstrip()) > 80 for line in table.splitlines() if "±0." in line)
+    for first, second in zip(printed["results"][::2], printed["results"][1::2]):
+        saes = [bt.SAE.load(r["run"]) for r in (first, second)]
+        a, b = (sae.W_dec[sae.tokens_since_fired < 1024].detach().double() for sae in saes)  # not rare ones
+        cosines = a @ b.T
+        same = (cosines == cosines.amax(0)) & (cosines == cosines.amax(1, True)) & (cosines > 0.9)
+        share = (same.any(1).double().mean() + same.any(0).double().mean()) / 2
+        assert first["agreement"] == second["agreement"] == pytest.approx(float(share), abs=1e-6)
+        assert re.search(rf" {share:.0%}  +\d+ *$", table, re.M) and "agree" in table
+
+def test_seeds_agree_where_their_latents_are_mutual_nearest_neighbours(monkeypatch):
+    a, other = (torch.nn.functional.normalize(torch.randn(60, 32), dim=1) for _ in range(2))
+    for entries in (1 << 24, 7 * 60):  # in one chunk, in several
+        monkeypatch.setattr(cli, "COSINES", entries)
+        order = torch.randperm(60)
+        assert cli.agreement(a, a[order]) == 1, "a permuted copy"
+        assert cli.agreement(a, torch.cat([a[:15], other[15:]])[order]) == pytest.approx(0.25)
+        assert cli.agreement(a, -a) == cli.agreement(a, other) == 0, "an opposite direction is another"
+        near, far = (a + size * other for size in (0.3, 0.9))
+        assert cli.agreement(a, 5 * near) > 0.9 and cli.agreement(a, far) < 0.1, "by cosine, above 0.9"
+        assert cli.agreement(a, a[:15]) == cli.agreement(a[:15], a) == pytest.approx((1 + 0.25) / 2)
+        twice = torch.cat([a, near[:30]])  # two of these near one of those: one of them is its pair
+        assert cli.agreement(a, twice) == pytest.approx((1 + 60 / 90) / 2)
+        assert cli.agreement(a, a[:0]) == cli.agreement(a[:0], a) == 0
+
+def test_agreement_is_that_of_seeds_without_their_rare_latents():
+    cfg = bt.Config(d_model=32, n_latents=40, k=2, device="cpu")  # a million tokens: under 10 are rare
+    changes = {"a": {}, "b": {"seed": 1}, "c": {"seed": 2}, "alone": {"k": 3}}
+    trainers = {name: bt.Trainer(dataclasses.replace(cfg, **each)) for name, each in changes.items()}
+    assert set(cli.seeds_agreement(trainers).values()) == {0}, "all are rare"
+    a, b, c, _ = trainers.values()
+    b.sae.W_dec.data[:20] = a.sae.W_dec[20:]
+    for trainer, often in ((a, slice(20, 40)), (b, slice(0, 20)), (c, slice(0, 40))):
+        trainer.n_fired[:], trainer.n_fired[often] = 9, 10
+    assert cli.seeds_agreement(trainers) == dict.fromkeys("abc", 1 / 3), "1 of one pair, 0 of two"
 
 def test_an_interrupted_comparison_continues_with_the_same_command(tmp_path, monkeypatch):
     command = [*COMPARISON, "--activation", "batchtopk,topk", "--k", 8, "--seeds", 1, "--out", tmp_path]
@@ -348,6 +464,7 @@ def test_an_interrupted_comparison_continues_with_the_same_command(tmp_path, mon
     monkeypatch.undo()
     results = json.loads(invoke(*command, "--json").stdout)["results"]
     assert [r["name"] for r in results] == ["batchtopk-seed=0", "topk-seed=0"]
+    assert not any("agreement" in r for r in results) and "agree" not in invoke(*command).stdout
 
 def test_the_time_that_is_left_is_that_of_reading_and_of_steps():
     cfg = bt.RunConfig(d_model=1, n_latents=64, tokens=500_000, eval_tokens=10_000, buffer_tokens=30_000)
@@ -394,6 +511,20 @@ def test_latents_shows_chosen_ones_and_writes_a_page_that_needs_nothing_else(run
     contexts = re.findall(r"^ +[\d.e+]+  .*", text, re.M)
     assert len(contexts) > 10 and all(len(line) <= 80 and re.search("«.+»", line) for line in contexts), text
     assert "latent 256 does not exist; give numbers from 0 to 255" in invoke(*command, 256).stderr
+
+def test_no_output_replaces_a_file_of_a_run_or_what_is_no_file(run, tmp_path):
+    """Bug here once: `latents RUN --html RUN/config.json` destroyed the run."""
+    mine = shutil.copytree(run[0], tmp_path / "mine")
+    for name in FILES:
+        assert "file of a run" in invoke("latents", mine, 3, "--html", mine / name).stderr
+    assert files_of(run[0]) == files_of(mine)
+    (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "comparison.png").symlink_to(tmp_path / "elsewhere")
+    for command in (["latents", mine, "--html", tmp_path / "link.html"],
+                    ["latents", mine, "--html", tmp_path], ["compare", "--out", tmp_path]):
+        refused = invoke(*command)
+        assert refused.exit_code == 2 and "not a regular file" in refused.stderr, refused.output
+    assert not (tmp_path / "elsewhere").exists()
 
 EVIL = '</script><script>alert("x")</script>&\x1b[31m\n'
 CONTEXT = {"tokens": [EVIL, "[red]", "weak"], "activations": [4.0, 0.0, 0.5], "peak": 0, "value": 4.0}
