@@ -834,8 +834,6 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
         steps = torch.linspace(0, len(ranked) - 1, min(count, len(ranked)))
         latents = ranked[steps.round().long()].tolist()
 
-    text = token_text(lm.tokenizer)
-
     def context(i):
         n, t = divmod(i, T)
         first = max(0, min(t - 15, T - 24))
