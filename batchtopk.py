@@ -359,12 +359,12 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     sae = trainer.sae
     total, mse, aux, f = loss(sae, x)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
-    total.backward()
-    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # others have grad 0: not active, nor in L_aux
-    for name, p in sae.named_parameters():
+    names, parameters = zip(*sae.named_parameters())
+    gradients = dict(zip(names, torch.autograd.grad(total, parameters)))  # what .grad holds stays out of it
+    learning = gradients["W_dec"].any(1).nonzero().squeeze(1)  # others: 0, not active, nor in L_aux
+    for name, g in gradients.items():
         rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
-        trainer.update_(name, p.grad[rows], rows)
-    sae.zero_grad()
+        trainer.update_(name, g[rows], rows)
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
     l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())

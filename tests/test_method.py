@@ -560,6 +560,19 @@ def test_a_model_that_always_says_the_same_is_refused():
             bt.train(config(tokens=640), [x] * 10)
 
 @pytest.mark.parametrize("step", ["plain", "sparse"])
+def test_gradients_that_are_there_already_do_not_enter_a_step(planted, step):
+    """Bug here once: the plain step added its own to what the parameters' .grad held."""
+    trainer, twin = (bt.Trainer(config(d_model=48, step=step)) for _ in range(2))
+    for i in range(2):
+        loss = trainer.sae(planted.batch(16, 9), "batch").square().sum()
+        loss.backward()
+        before = {name: p.grad.clone() for name, p in trainer.sae.named_parameters()}
+        assert trainer.step(planted.batch(16, i)) == twin.step(planted.batch(16, i))
+        assert same_tensors(before, {name: p.grad for name, p in trainer.sae.named_parameters()})
+        trainer.sae.zero_grad()
+    assert same_tensors(bt.trainer_state(trainer), bt.trainer_state(twin))
+
+@pytest.mark.parametrize("step", ["plain", "sparse"])
 def test_a_refused_batch_leaves_the_trainer_as_it_was(planted, step):
     """Bug met: the counters of dead latents had moved, and the next auxiliary loss read the wrong latents."""
     trainer, twin = (bt.Trainer(config(d_model=48, dead_tokens=32, step=step)) for _ in range(2))
