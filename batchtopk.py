@@ -294,11 +294,11 @@ class Trainer:
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
-        """Set b_dec, x_std and variance from x [n, D]. If nobody did, step does it with its first batch."""
+        """Set x_std, variance and, if it is 0, b_dec from x [n, D]. If nobody did, the first step does it."""
         x = self.sae.as_rows(x)
         variance = float((x - x.mean(0)).square().sum(1).mean())
         check_variance(variance, x)
-        if self.cfg.init == "data":
+        if self.cfg.init == "data" and not self.sae.b_dec.any():  # one that was loaded stays
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0  # one token has none
         self.x_std = math.sqrt(self.variance / x.shape[1]) if self.cfg.normalize == "scale" else 1.0

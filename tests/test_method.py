@@ -512,6 +512,17 @@ def test_b_dec_and_the_encoder_start_as_configured(planted, init):
     fvu = bt.Trainer(config(d_model=48, n_latents=600, init=init, lr=1e-9)).step(x).fvu
     assert fvu < 1.5 if init == "data" else fvu > 0.5, "in units of the data's variance"
 
+def test_weights_loaded_into_a_new_trainer_are_where_its_first_step_starts(planted, planted_sae):
+    """Bug here once: the first step set b_dec to its batch's mean, over the one that had been loaded."""
+    trainer = bt.Trainer(dataclasses.replace(planted_sae.config, lr=1e-9, step="plain"))
+    trainer.sae.load_state_dict(planted_sae.state_dict())
+    x = planted.batch(256, 908)
+    expected = float((x - planted_sae(x, "batch").detach()).square().sum(1).mean())
+    assert trainer.step(x).mse == pytest.approx(expected, rel=1e-5)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        torch.testing.assert_close(getattr(trainer.sae, name), getattr(planted_sae, name), atol=1e-6, rtol=0)
+    assert trainer.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-5)
+
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
     cfg = config(lr=1.0, tokens=1600, batch_size=16, warmup=0.1, decay=0.5)
     trainer, rates = bt.Trainer(cfg), []
