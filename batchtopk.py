@@ -142,13 +142,13 @@ class SAE(nn.Module):
         super().__init__()
         self.config = check_kind(config, self)  # InputError if it asks for another kind of SAE
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
-        directions = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
+        directions = functional.normalize(torch.randn(F, D, generator=generator, dtype=torch.float32), dim=1)
         norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # as kaiming_uniform_ on W_encᵀ [D, F]
         self.W_enc = nn.Parameter(norm * directions)  # [F, D], a copy: row j is what latent j reads
         self.W_dec = nn.Parameter(directions)  # [F, D]: row j, of norm 1, is what latent j writes
-        self.b_enc = nn.Parameter(torch.zeros(F))
-        self.b_dec = nn.Parameter(torch.zeros(D))  # init="data": the Trainer starts it at the mean of x
-        self.register_buffer("theta", torch.tensor(math.nan))  # θ, kept in float32; NaN: not estimated
+        self.b_enc = nn.Parameter(directions.new_zeros(F))
+        self.b_dec = nn.Parameter(directions.new_zeros(D))  # init="data": training starts it at the mean of x
+        self.register_buffer("theta", directions.new_tensor(math.nan))  # θ, kept in float32; NaN: none yet
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
 
     @own_precision
@@ -389,7 +389,7 @@ def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: 
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # in float32
+    stream = rebatch(repeat(lambda: filter(torch.numel, batches)), cfg.batch_size, trainer.device)
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n_held_out))
     trainer.initialize_(torch.cat(check_given(held_out, 0, cfg.tokens)))
@@ -429,6 +429,9 @@ def check_config(cfg: Config):
     """InputError for a value that a field does not accept, or values that do not fit together."""
     for field in dataclasses.fields(cfg):
         name, value, rules = field.name, getattr(cfg, field.name), field.metadata
+        if getattr(value, "ndim", None) == 0:  # a number of NumPy's or torch's
+            value = value.item()
+            object.__setattr__(cfg, name, value)
         if choices(field):
             check_choice(name, value, choices(field))
         elif field.type in ("int", "float"):
@@ -901,7 +904,7 @@ def has_kernels(t: Tensor) -> bool:
 def kernels_run(device: torch.device) -> bool:
     """Whether Triton works on a device: tried once. It needs a C compiler, and not every GPU will do."""
     try:
-        one, starts = torch.ones(1, 1, device=device), torch.arange(2, device=device)
+        one, starts = torch.ones(1, 1, dtype=torch.float32, device=device), torch.arange(2, device=device)
         return bool(launch_sums(one, starts[:1], one[0], starts) == 1)
     except Exception as error:
         why = "it is not installed" if triton is None else f"{error!r}".splitlines()[0]
@@ -1014,7 +1017,7 @@ def dots_kernel(out, a, b, i, j, n, n_found, D, E: tl.constexpr, BLOCK: tl.const
 
 def launch_dots(a, b, i, j, n_found=None):
     """dots; with n_found [1] of the first n_found entries, -∞ for the others."""
-    out = torch.full((len(i),), -math.inf, device=a.device)
+    out = torch.full((len(i),), -math.inf, dtype=torch.float32, device=a.device)
     grid = (triton.cdiv(len(i), 8),)
     return launch(dots_kernel, grid, out, a, b, i, j, len(i), n_found, a.shape[1], E=8, BLOCK=128,
                   ALL=n_found is None, num_warps=2)
@@ -1037,7 +1040,8 @@ def sums_kernel(out, rows, which, weights, starts, D, E: tl.constexpr, BLOCK: tl
 def launch_sums(rows, which, weights, starts):
     """sum_rows, in float32."""
     n_groups, D = len(starts) - 1, rows.shape[1]
-    out, block = torch.empty(n_groups, D, device=rows.device), min(256, triton.next_power_of_2(D))
+    out = torch.empty(n_groups, D, dtype=torch.float32, device=rows.device)
+    block = min(256, triton.next_power_of_2(D))
     return launch(sums_kernel, (n_groups, triton.cdiv(D, block)), out, rows, which, weights, starts, D,
                   E=max(1, 64 // block), BLOCK=block, num_warps=1)
 
@@ -1136,7 +1140,7 @@ def launch_update_(trainer, new, lr):
     entries, g, d_aux, starts = new.entries, new.g, new.d_aux, new.starts
     sae, D, m, given = trainer.sae, g.shape[1], len(d_aux.dead), (entries.row, entries.value, new.d_value)
     shape = dict(RUN=RUN, E=2, BLOCK=triton.next_power_of_2(D))
-    runs = torch.empty(len(entries.row) // RUN, 2, D, device=g.device)
+    runs = g.new_empty(len(entries.row) // RUN, 2, D)
     if len(runs):
         launch(runs_kernel, (len(runs),), runs, entries.latent, *given, g, new.centred, D, **shape)
     place = starts  # without AUX it is not read
@@ -1160,7 +1164,7 @@ class RecordedStep:
 
     def __init__(self, trainer, x, n_dead, pool):
         self.x, self.counters = torch.empty_like(x), trainer.sae.tokens_since_fired
-        self.hint, self.lr = (torch.zeros((), device=x.device) for _ in range(2))
+        self.hint, self.lr = x.new_zeros(()), x.new_zeros(())
         self.before, self.after = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
         torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
@@ -1248,7 +1252,7 @@ class JumpReLUSAE(SAE):
 
     def __init__(self, config):
         super().__init__(config)
-        self.log_threshold = nn.Parameter(torch.zeros(config.n_latents))
+        self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
         # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
         self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
 
@@ -1497,7 +1501,7 @@ class LanguageModel:
 
         Several processes share the contexts.
         """
-        h = torch.zeros(*ids.shape, self.d_model, device=self.device)
+        h = torch.zeros(*ids.shape, self.d_model, dtype=torch.float32, device=self.device)
         mine, place = (t.tensor_split(processes.size)[processes.rank] for t in (ids, h))
         if len(mine):
             place.copy_(self.activations(mine))
@@ -1867,7 +1871,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         unit = (std + 1e-5).square()  # for nmse, of standardised tokens: see standardize
         variance = float(square.mean() - mean.square().sum())
         fvu = float(error.mean()) / variance if variance > 0 else math.nan
-        density = processes.gather(sum(fired)).flatten() / len(error)
+        density = processes.gather(sum(fired)).flatten().float() / len(error)
         result[selection] = {
             "fvu": fvu, "explained_variance": 1 - fvu, "mse": float(error.mean()),
             "nmse": float((error / unit).sum() / (std.square() / unit).sum() / (len(mean) - 1)),
@@ -1978,7 +1982,8 @@ class ExportedSAE(nn.Module):
     def encode_sparse(self, x):
         """The active entries alone, as from SAE.encode_sparse: indices [2, m] int64, values [m]."""
         F, m, rows = self.b_enc.shape[0], 0, x.reshape(-1, x.shape[-1])
-        index, value = torch.empty(0, dtype=torch.int64, device=x.device), torch.empty(0, device=x.device)
+        index = torch.empty(0, dtype=torch.int64, device=x.device)
+        value = torch.empty(0, dtype=torch.float32, device=x.device)
         size = max(1, min(1024, (1 << 24) // F))
         for start in range(0, rows.shape[0], size):
             z, inactive = self._encode(rows[start : start + size])
@@ -2074,7 +2079,7 @@ def dictionary_learning_files(sae, *_):
     check(fits, "this format holds one θ, a whole k and no standardised tokens; use saelens")
     tensors = {"b_dec": sae.b_dec, "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
                "decoder.weight": sae.W_dec.T, "k": torch.tensor(int(cfg.k), dtype=torch.int32),
-               "threshold": torch.tensor(-1.0) if topk else sae.theta}
+               "threshold": torch.full_like(sae.theta, -1.0) if topk else sae.theta}
     file = io.BytesIO()
     torch.save({name: t.detach().contiguous() for name, t in tensors.items()}, file)
     trainer = dict(trainer_class="TopKTrainer" if topk else "BatchTopKTrainer", k=int(cfg.k),

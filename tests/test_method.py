@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,48 @@ def test_presets_hold_the_papers_settings():
     for arguments, said in ((["gpt3"], "tiny, gpt2-small, gemma-2-2b"), (["tiny", "mine"], "ours, paper")):
         with pytest.raises(bt.InputError, match=said):
             bt.RunConfig.preset(*arguments, d_model=8)
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.float32, np.float64, np.array, torch.tensor])
+def test_config_takes_the_numbers_of_numpy_and_torch(kind):
+    """Bug here once: np.int64(3) was refused with "give a number from 0 to inf". JSON needs Python's."""
+    given = dict(k=kind(3), n_latents=kind(40), lr=kind(1), seed=kind(7))
+    cfg = config(**given, activation=np.str_("topk"))
+    assert cfg == config(k=3, n_latents=40, lr=1, seed=7, activation="topk")
+    assert {type(value) for value in vars(cfg).values()} <= {int, float, str}
+    bt.RunConfig(**vars(cfg), skip_special=np.bool_(False))
+    for wrong in (np.float32(2.5), np.array([3, 4]), np.datetime64("2024")):
+        with pytest.raises(bt.InputError, match="whole number from 1"):
+            config(n_latents=wrong)
+
+@pytest.fixture
+def default_dtype():
+    """The function that sets torch's default dtype, which is as before after the test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_changes_nothing(dtype, activation, planted, default_dtype, tmp_path):
+    """Bug here once: weights drawn in float64, and training ended inside sampled_addmm."""
+    cfg, results = config(d_model=48, tokens=256, dead_tokens=32, activation=activation), []
+    batches = [planted.batch(16, i) for i in range(20)]
+    for other in (torch.float32, dtype):
+        default_dtype(other)
+        sae = bt.train(cfg, batches)
+        sae.save(tmp_path)
+        sae, files = bt.SAE.load(tmp_path), {}
+        if activation != "jumprelu":  # which the second format does not hold
+            bt.export(sae, tmp_path / "encoder.pt")
+            files = dict(zip("iv", torch.jit.load(tmp_path / "encoder.pt").encode_sparse(batches[0])))
+            bt.export(sae, tmp_path / "other", format="dictionary-learning")
+            files |= torch.load(tmp_path / "other" / "ae.pt")
+        (index, value), f = sae.encode_sparse(batches[0]), sae.encode(batches[0]).detach()
+        density = bt.evaluate(sae, batches)["batch"]["feature_density"]
+        results.append({**sae.state_dict(), **files, "index": index, "value": value, "f": f, "d": density})
+    assert same_tensors(*results)
+    dtypes = [{name: t.dtype for name, t in result.items()} for result in results]
+    assert dtypes[0] == dtypes[1]
 
 # Loss and gradients
 
@@ -564,6 +607,15 @@ def test_a_stream_that_ends_early_and_values_that_are_not_finite_are_errors(plan
     for x, said in ((planted.batch(16, 0) / 0, "not finite"), (planted.batch(16, 0)[0], r"\[B, 48\]")):
         with pytest.raises(bt.InputError, match=said):
             bt.Trainer(config(d_model=48)).step(x)
+
+@pytest.mark.parametrize("empty", [[torch.zeros(0, 12)], [torch.zeros(4, 0, 12)] * 3, torch.zeros(0, 12), []])
+def test_batches_without_a_token_are_an_error_and_those_among_others_are_passed_over(empty):
+    """Bug here once: a list of empty tensors was asked for more for ever."""
+    with pytest.raises(bt.InputError, match="ended after 0 of 4096"):
+        bt.train(config(), empty)
+    x = randn(300, 12)
+    some, all = (bt.train(config(tokens=500), parts) for parts in ([*empty, x[:70], *empty, x[70:]], [x]))
+    assert same_tensors(some.state_dict(), all.state_dict())
 
 def test_a_model_that_always_says_the_same_is_refused():
     for x in (torch.zeros(64, 12), torch.ones(64, 12) / 3):
