@@ -559,7 +559,7 @@ HINT = 0.95  # the search starts at this share of the last step's threshold
 @torch.no_grad()
 def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
-    sae, cfg, n_dead = trainer.sae, trainer.cfg, count_dead(trainer.sae)
+    sae, cfg, n_dead = trainer.sae, trainer.cfg, count_dead(trainer)
     for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
         recorded = find_recording(trainer, x, hint, n_dead)
         new = recorded.forward_backward(x, hint) if recorded else forward_backward(sae, x, hint, n_dead)
@@ -574,7 +574,7 @@ def sparse_step(trainer: Trainer, x: Tensor):
     mse, aux, _, n_own_dead, _ = numbers[processes.rank]
     _, _, thresholds, n_silent, _ = zip(*numbers)
     silent, n_dead = sae.tokens_since_fired, int(sum(n_silent))
-    silent.dead = silent._version, int(n_own_dead), n_dead  # for count_dead
+    known_dead[trainer] = silent, silent._version, int(n_own_dead), n_dead
     l0 = processes.total(len(new.entries.value)) / len(x)
     loss = mse + cfg.aux_coef * aux + new.entries.l0_coef * l0
     return loss, mse, aux, l0, n_dead, min(thresholds)
@@ -659,17 +659,19 @@ def search(sae, centred, selection, hint):
         return find_entries(sae, centred, sae.get_theta())
     return find_entries(sae, centred, hint, sae.config.n_kept(len(centred)))
 
-def count_dead(sae) -> tuple[int, int]:
+known_dead = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other counters
+
+def count_dead(trainer) -> tuple[int, int]:
     """How many dead latents this process has, and all together.
 
     They are known from the step before, if nobody has changed the counters (which must not be done through
     .data): the host need not wait. On a GPU they are rounded up to a power of two, so that steps are of few
     kinds. L_aux then has room for so many, and takes as few tokens as for so many.
     """
-    silent = sae.tokens_since_fired
-    version, mine, total = getattr(silent, "dead", (None, 0, 0))
-    if version != silent._version:
-        mine = int(sae.is_dead().sum())
+    silent = trainer.sae.tokens_since_fired
+    counters, version, mine, total = known_dead.get(trainer, (None, 0, 0, 0))
+    if counters is not silent or version != silent._version:
+        mine = int(trainer.sae.is_dead().sum())
         total = int(processes.total(mine))
     if mine and has_kernels(silent) and processes.size == 1:
         mine = total = 1 << (mine - 1).bit_length()

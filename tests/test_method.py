@@ -357,6 +357,23 @@ def test_counters_say_how_many_tokens_a_latent_was_silent():
     silent = trainer.sae.tokens_since_fired
     assert (silent[::2] == 48).all() and (silent[1::2] < 48).all()
 
+def test_a_change_of_the_counters_is_noticed_in_copies_too():
+    """Bug here once: the number of dead latents stood on the counters' tensor. A copy took it along, and
+    after as many changes as the original had had it was taken for fresh: no auxiliary loss."""
+    trainer, x = bt.Trainer(config(dead_tokens=1000)), randn(16, 12, seed=9)
+    for i in range(3):
+        assert trainer.step(randn(16, 12, seed=i)).dead == 0
+    for n_changes in range(1, 16):
+        other = copy.deepcopy(trainer)
+        for _ in range(n_changes):
+            other.sae.tokens_since_fired.fill_(10**6)
+        stats = other.step(x)
+        assert stats.aux > 0, f"after {n_changes} changes"
+        other.sae.register_buffer("tokens_since_fired", torch.zeros(40, dtype=torch.int64))
+        for _ in range(n_changes):
+            other.sae.tokens_since_fired.fill_(10**6)
+        assert other.step(x).aux > 0, f"in a tensor of its own, after {n_changes} changes"
+
 # θ
 
 def test_the_running_theta_is_the_bias_corrected_average():
