@@ -153,8 +153,8 @@ class SAE(nn.Module):
 
     @own_precision
     def pre_activations(self, x: Tensor) -> Tensor:
-        """Z = (x - b_dec) W_encᵀ + b_enc: [B, D] -> [B, F]."""
-        return functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
+        """Z = (x - b_dec) W_encᵀ + b_enc: [B, D] -> [B, F], in float32 whatever dtype the weights have."""
+        return functional.linear(x.float() - self.b_dec.float(), self.W_enc.float(), self.b_enc.float())
 
     def get_theta(self) -> Tensor:
         """θ, which an entry must exceed at inference. Unavailable if it was never estimated."""
@@ -181,7 +181,7 @@ class SAE(nn.Module):
         """
         check_choice("selection", selection, ("theta", "batch"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
-        return f.view(*x.shape[:-1], f.shape[-1])
+        return f.to(self.W_enc.dtype).view(*x.shape[:-1], f.shape[-1])
 
     @own_precision
     def decode(self, f: Tensor) -> Tensor:
@@ -498,9 +498,10 @@ def active_entries(sae: SAE, x: Tensor, selection: str = "theta") -> tuple[Tenso
     Returns (row, latent) [2, m] int64, by row, then latent, and values [m] float32. Errors as for encode.
     There is no matrix [B, F] unless config.step is "plain".
     """
+    check_choice("selection", selection, ("theta", "batch"))
     if sae.config.step == "sparse":
         return sparse_entries(sae, x, selection)
-    f = sae.encode(x, selection).reshape(-1, len(sae.b_enc))
+    f = sae.select(sae.pre_activations(sae.as_rows(x)), selection)
     return f.nonzero().T, f[f != 0].float()
 
 SAE.encode_sparse = active_entries
@@ -857,7 +858,6 @@ def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int) -> tuple[Ten
 
 def sparse_entries(sae, x, selection):
     """SAE.encode_sparse without a matrix [B, F]; it computes in float32."""
-    check_choice("selection", selection, ("theta", "batch"))
     rows, hint = sae.as_rows(x), HINT * float(sae.theta.nan_to_num(0.0))
     size = 4096 if selection == "theta" else max(1, len(rows))  # with θ rows are independent: some at a time
     indices, values = [rows.new_empty(2, 0, dtype=torch.int64)], [rows.new_empty(0, dtype=torch.float32)]

@@ -733,6 +733,19 @@ def test_active_entries_are_those_of_encode(selection, activation, step, monkeyp
     assert torch.equal(indices, f.nonzero().T), "by row, then latent"
     torch.testing.assert_close(kept, f[tuple(indices)], atol=1e-6, rtol=1e-6)
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("step", ["plain", "sparse"])
+def test_a_rounded_saes_active_entries_are_those_of_encode(dtype, activation, step):
+    """Bug here once: encode computed in bfloat16, encode_sparse in float32: 32 of 7,050 entries differed."""
+    sae, x = random_sae(config(activation=activation, step=step)).to(dtype), randn(500, 12, seed=1)
+    sae.theta.fill_(1.5)
+    for selection in ("theta", "batch"):
+        (indices, kept), f = sae.encode_sparse(x, selection), sae.encode(x, selection).detach()
+        assert torch.equal(indices, f.nonzero().T) and len(kept) > 1000 and f.dtype == dtype
+        torch.testing.assert_close(kept.to(dtype), f[tuple(indices)])
+        assert kept.dtype == torch.float32, "the sparse form does not round values"
+
 def test_large_inputs_are_encoded_a_part_at_a_time_and_none_at_all():
     sae, x = random_sae(config()), randn(9000, 12, seed=1)
     sae.theta.fill_(1.5)
