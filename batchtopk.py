@@ -297,7 +297,7 @@ class Trainer:
         """Set x_std, variance and, if it is 0, b_dec from x [n, D]. If nobody did, the first step does it."""
         x = self.sae.as_rows(x)
         variance = float((x - x.mean(0)).square().sum(1).mean())
-        check_variance(variance, x)
+        check_variance(variance, x, self.cfg)
         if self.cfg.init == "data" and not self.sae.b_dec.any():  # one that was loaded stays
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0  # one token has none
@@ -340,7 +340,7 @@ class Trainer:
         """Its multiple of the learning rate, and ε in its gradient's unit: x² (the loss's), for biases x."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         factor = DECODER_LR if name == "W_dec" else 1
-        return factor * unit, 1e-8 * self.x_std**2 / unit
+        return factor * unit, 1e-8 * self.x_std**2 / unit * loss_scale(self.x_std)
 
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
         """Adam (Kingma & Ba 2015), in place, on rows [r, …]. count [r, 1] or [r]: of their gradients."""
@@ -360,7 +360,7 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     total, mse, aux, f = loss(sae, x)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
     names, parameters = zip(*sae.named_parameters())
-    gradients = dict(zip(names, torch.autograd.grad(total, parameters)))  # what .grad holds stays out of it
+    gradients = dict(zip(names, torch.autograd.grad(total * loss_scale(trainer.x_std), parameters)))
     learning = gradients["W_dec"].any(1).nonzero().squeeze(1)  # others: 0, not active, nor in L_aux
     for name, g in gradients.items():
         rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
@@ -459,10 +459,25 @@ def check_given(batches, tokens_seen: int, tokens: int):
     check(batches is not None and len(batches), f"the batches ended after {tokens_seen} of {tokens} tokens")
     return batches
 
-def check_variance(variance: float, x: Tensor):
-    """InputError if the variance of tokens x [n, D] is no number, or they are all equal."""
-    check_finite(variance, 0)
-    equal = len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean())
+SIZES = 1e-15, 1e15  # of activations whose squares float32 holds with all digits
+
+def loss_scale(x_std: float) -> float:
+    """The power of two that a step multiplies the loss by before its gradients are taken, and so ε.
+
+    It is 1 for usual activations. float32 cannot hold the squares of gradients of very small or large ones.
+    """
+    return 4.0 ** (-16 * int(math.log2(x_std) / 16))
+
+def check_variance(variance: float, x: Tensor, cfg: Config):
+    """InputError if tokens x [n, D] are no numbers, too small or large to be trained on, or all equal."""
+    (low, high), size, square = SIZES, float(x.abs().max()), float(x.square().sum(1).mean())
+    check_finite(size, 0)
+    fits = not size or low <= size <= high
+    check(fits, f"the largest activation is {size:.3g}; scale them, so that it is from {low:g} to {high:g}")
+    small = cfg.normalize == "token" and size and square < x.shape[1] / 4
+    check(not small, "activations are too small to be standardised; scale them, so that tokens have a "
+          "standard deviation of 1e-4 or more")
+    equal = len(x) > 1 and variance <= 1e-12 * square
     check(not equal, "all activations are equal: there is nothing to learn")
 
 def check_activations(x: Tensor, d_model: int):
@@ -560,10 +575,11 @@ HINT = 0.95  # the search starts at this share of the last step's threshold
 @torch.no_grad()
 def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
-    sae, cfg, n_dead = trainer.sae, trainer.cfg, count_dead(trainer)
+    sae, cfg, n_dead, scale = trainer.sae, trainer.cfg, count_dead(trainer), loss_scale(trainer.x_std)
     for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
         recorded = find_recording(trainer, x, hint, n_dead)
-        new = recorded.forward_backward(x, hint) if recorded else forward_backward(sae, x, hint, n_dead)
+        new = (recorded.forward_backward(x, hint) if recorded
+               else forward_backward(sae, x, hint, n_dead, scale))
         numbers = processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
         check_finite(numbers[0][0], trainer.tokens_seen)
         if numbers[0][-1]:
@@ -589,10 +605,10 @@ class StepEntries(NamedTuple):
     value: Tensor
     right: Tensor | None = None  # whether try_largest found what it should, 0.0 or 1.0
     l0_coef: float = 0.0  # the loss has this times l0
-    own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda g: {}  # of its own parameters
+    own_gradients: Callable[[Tensor, float], dict[str, Tensor]] = lambda g, scale: {}  # of its own parameters
 
 class Gradients(NamedTuple):
-    """What a step computes before it changes anything."""
+    """What a step computes before it changes anything. All gradients are times loss_scale."""
     entries: StepEntries
     centred: Tensor  # x - b_dec
     g: Tensor  # ∂mse/∂X̂ [B, D]
@@ -605,7 +621,7 @@ class Gradients(NamedTuple):
     silent: Tensor  # tokens_since_fired after this step
     numbers: Tensor  # mse, L_aux, threshold, how many latents will be dead, whether the entries are right
 
-def forward_backward(sae, x, hint, n_dead) -> Gradients:
+def forward_backward(sae, x, hint, n_dead, scale) -> Gradients:
     """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries; n_dead: count_dead's."""
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
     entries = step_entries(sae, centred, hint, dtype)
@@ -615,9 +631,9 @@ def forward_backward(sae, x, hint, n_dead) -> Gradients:
     residual = centred - processes.sum_(x_hat)  # X - X̂: f W_dec summed over entries
     del x_hat, row_sorted, order
     mse = residual.square().sum(1).mean()
-    aux, d_aux = auxiliary_gradient(sae, centred, residual, *n_dead)
+    aux, d_aux = auxiliary_gradient(sae, centred, residual, *n_dead, scale)
     # Backward
-    g = residual.mul_(-2 / len(x))  # ∂mse/∂X̂
+    g = residual.mul_(-2 / len(x) * scale)  # ∂mse/∂X̂
     d_value = dots(sae.W_dec, g, latent, row)  # ∂mse/∂f = g W_decᵀ
     starts = group_starts(latent, len(sae.b_enc))
     d_b_enc = sum_rows(torch.ones_like(g[:, :1]), row, d_value, starts).view(-1)
@@ -636,7 +652,7 @@ def update_(trainer, new: Gradients, lr):
     """Change weights, biases, counters. lr: a number or a tensor, for kernels; operators ask the trainer."""
     if has_kernels(new.g) and not torch.is_tensor(lr):
         lr = torch.full_like(new.numbers[0], lr)
-    own = new.entries.own_gradients(new.g)  # of W_dec as it was
+    own = new.entries.own_gradients(new.g, loss_scale(trainer.x_std))  # of W_dec as it was
     update_latents_(trainer, new, lr)
     for name, g in {"b_dec": new.d_b_dec, **own}.items():
         state = [getattr(trainer.sae, name).data, *trainer.adam[name]]
@@ -834,7 +850,7 @@ class AuxGradient(NamedTuple):
     b_enc: Tensor  # [m]
     W_dec: Tensor  # [m, D]
 
-def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int) -> tuple[Tensor, AuxGradient]:
+def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int, scale) -> tuple[Tensor, AuxGradient]:
     """auxiliary_loss and its gradient for m dead latents of this process, or fewer, and n_dead of all."""
     cfg, none, n_latents = sae.config, sae.W_enc[:0], len(sae.b_enc)
     if not n_dead or not cfg.aux_k:
@@ -852,7 +868,7 @@ def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int) -> tuple[Ten
     f.mul_(kept)
     residual = residual[:n_rows] - processes.sum_(f @ W_dec)
     aux = residual.square().sum(1).mean()
-    g = residual.mul_(-2 * cfg.aux_coef / len(centred))  # α · ∂L_aux/∂ê
+    g = residual.mul_(-2 * cfg.aux_coef / len(centred) * scale)  # α · ∂L_aux/∂ê
     d_z = (g @ W_dec.T).mul_(kept)
     return aux, AuxGradient(dead, d_z.T @ centred, d_z.sum(0), f.T @ g)
 
@@ -1171,7 +1187,7 @@ class RecordedStep:
         options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
         torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
         with torch.cuda.graph(self.before, pool, **options):
-            new = forward_backward(trainer.sae, self.x, self.hint, n_dead)
+            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, loss_scale(trainer.x_std))
         with torch.cuda.graph(self.after, self.before.pool(), **options):
             update_(trainer, new, self.lr)
         torch._C._cuda_clearCublasWorkspaces()
@@ -1300,14 +1316,14 @@ def jumprelu_entries(sae, centred, hint, dtype):
     if not coef:
         zero = torch.zeros_like(sae.log_threshold)
         entries = step_entries.dispatch(SAE)(sae, centred, hint, dtype)
-        return entries._replace(own_gradients=lambda g: {"log_threshold": zero})
+        return entries._replace(own_gradients=lambda g, scale: {"log_threshold": zero})
     lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
     latent, row, z = find_entries(sae, centred, lowest, None, dtype)
 
-    def own_gradients(g):
+    def own_gradients(g, scale):
         with torch.enable_grad():
             f, n_active = jumprelu(z, sae.get_theta()[latent], width)
-        slopes = dots(sae.W_dec, g, latent, row), torch.full_like(n_active, coef / len(centred))
+        slopes = dots(sae.W_dec, g, latent, row), torch.full_like(n_active, scale * coef / len(centred))
         [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
         return {"log_threshold": d}
 

@@ -555,6 +555,35 @@ def test_input_units_change_nothing_but_units(planted, factor):
     torch.testing.assert_close(other.b_dec / factor, one.b_dec, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(other.theta / factor, one.theta, atol=1e-4, rtol=1e-3)
 
+@pytest.mark.parametrize("factor", [2.0**45, 2.0**-34, 2.0**-45])
+@pytest.mark.parametrize("activation, step", [*((a, "sparse") for a in ACTIVATIONS), ("jumprelu", "plain")])
+def test_sizes_far_from_1_change_nothing_either(planted, factor, activation, step, monkeypatch):
+    """Bug here once: squares of gradients left float32, so that inputs of size 1e-9 gave an FVU of 3.2."""
+    monkeypatch.setattr(bt, "JUMP_START", 0.5)
+    cfg = config(d_model=48, tokens=384, dead_tokens=64, activation=activation, step=step)
+    trainers = bt.Trainer(cfg), bt.Trainer(cfg)
+    for i in range(24):
+        x = planted.batch(16, i)
+        one, other = (trainer.step(s * x) for trainer, s in zip(trainers, (1.0, factor)))
+        assert other.fvu == pytest.approx(one.fvu, rel=1e-4) and other.l0 == pytest.approx(one.l0)
+        assert other.aux / factor**2 == pytest.approx(one.aux, rel=1e-4)
+    one, other = (trainer.sae for trainer in trainers)
+    for name in ("W_enc", "W_dec"):
+        torch.testing.assert_close(getattr(other, name), getattr(one, name), atol=1e-4, rtol=1e-4)
+    for name in ("b_enc", "b_dec"):
+        torch.testing.assert_close(getattr(other, name) / factor, getattr(one, name), atol=1e-4, rtol=1e-4)
+    if activation == "jumprelu":
+        assert one.penalty[0] and one.log_threshold.std() > 0, "thresholds have begun to learn"
+        torch.testing.assert_close(other.get_theta() / factor, one.get_theta(), atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize("changes, factor, said", [
+    ({}, 1e-18, "largest activation is .*e-18; .* from 1e-15 to 1e"), ({}, 1e18, "is .*e.18; "),
+    ({}, 1e25, "is .*e.25; "), ({}, 1e-25, "is .*e-25; "), (dict(normalize="token"), 1e-7, "to be standardi")])
+def test_sizes_that_float32_cannot_square_are_named(planted, changes, factor, said):
+    """Bug here once: said to be all equal, or not finite, or trained on until the loss was nan."""
+    with pytest.raises(bt.InputError, match=said):
+        bt.train(config(d_model=48, tokens=320, **changes), [factor * planted.batch(640, 0)])
+
 def test_token_normalisation_makes_the_sae_indifferent_to_a_tokens_scale_and_mean(planted):
     sae = bt.train(config(d_model=48, normalize="token", tokens=2048), planted.stream(256))
     x = planted.batch(64, 904)
