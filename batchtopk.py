@@ -97,6 +97,7 @@ class Config:
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
+    decoder_lr: float = option(2, "factor on lr for W_dec (paper: 1)")
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", high=1)
     beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99); < 1", high=1)
     warmup: float = option(0.02, "share of the run in which the learning rate rises", high=1)
@@ -105,7 +106,7 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
-    encoder_dtype: str = option("auto", "in which the sparse step finds candidates; auto: bfloat16 if fast")
+    encoder_dtype: str = option("auto", "precision of the search; auto: bfloat16 if fast")
     eval_tokens: int = option(65_536, "held-out tokens for θ (bt.train: at most); as many to evaluate", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
@@ -274,8 +275,6 @@ class StepStats(NamedTuple):
     threshold: float  # smallest kept entry, ∞ if none was positive; θ is its expectation
     lr: float
 
-DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1): lower error in our runs
-
 class Trainer:
     """Trains one SAE step by step.
 
@@ -339,7 +338,7 @@ class Trainer:
     def adam_rates(self, name: str) -> tuple[float, float]:
         """Its multiple of the learning rate, and ε in its gradient's unit: x² (the loss's), for biases x."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
-        factor = DECODER_LR if name == "W_dec" else 1
+        factor = self.cfg.decoder_lr if name == "W_dec" else 1
         return factor * unit, 1e-8 * self.x_std**2 / unit * loss_scale(self.x_std)
 
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
@@ -1407,9 +1406,9 @@ class RunConfig(Config):
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
                        "resid_pre", "resid_post", "mlp_out", "attn_out")
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
-    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs that have it", *DTYPES)
+    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs", *DTYPES)
     dataset: str = option("stdlib", "a hub data set, a .txt, .md, .jsonl or .parquet file, or stdlib")
-    dataset_config: str = option("", "configuration of a hub data set that has several")
+    dataset_config: str = option("", "configuration of a data set that has several")
     text_column: str = option("text", "column that holds the text")
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
     prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
@@ -1444,8 +1443,9 @@ PRESETS = {
 }
 RECIPES = {  # a recipe replaces what the preset says; the update of rows and L_aux stay as they are here
     "ours": {},
-    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
-                  warmup=0, decay=0, dead_tokens=20_480),
+    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, decoder_lr=1, beta1=0.9,
+                  beta2=0.99, warmup=0, decay=0, dead_tokens=20_480, prepend_bos=False, skip_special=False,
+                  max_norm=0),
 }
 
 class LanguageModel:

@@ -154,6 +154,7 @@ def test_saes_saved_by_an_older_version_load_and_give_the_same_latents(activatio
     assert torch.equal(f > 0, expected["f"] > 0) and f.any()
     torch.testing.assert_close(f, expected["f"], atol=1e-6, rtol=1e-5)  # other processors add up otherwise
     assert (sae.config.prepend_bos, sae.config.max_norm, sae.config.norm_limit) == (False, 0, 0)
+    assert sae.config.decoder_lr == 2, "of every training before this field"
 
 def test_loading_something_else_names_it(tmp_path, planted_sae):
     def refused(kind, said):
@@ -188,6 +189,8 @@ def test_presets_hold_the_papers_settings():
     assert found == (8, "resid_pre", 128, 10**9, 4096, 64)
     cfg = bt.RunConfig.preset("tiny", "paper", d_model=256)
     assert (cfg.lr, cfg.beta1, cfg.beta2, cfg.normalize, cfg.init) == (3e-4, 0.9, 0.99, "token", "authors")
+    assert (cfg.decoder_lr, cfg.skip_special, cfg.prepend_bos, cfg.max_norm) == (1, False, False, 0)
+    assert (cfg.dead_tokens, cfg.aux_k, cfg.aux_coef, cfg.context) == (5 * 4096, 512, 1 / 32, 128)
     for arguments, said in ((["gpt3"], "tiny, gpt2-small, gemma-2-2b"), (["tiny", "mine"], "ours, paper")):
         with pytest.raises(bt.InputError, match=said):
             bt.RunConfig.preset(*arguments, d_model=8)
@@ -233,6 +236,38 @@ def test_torchs_default_dtype_changes_nothing(dtype, activation, planted, defaul
     assert same_tensors(*results)
     dtypes = [{name: t.dtype for name, t in result.items()} for result in results]
     assert dtypes[0] == dtypes[1]
+
+CHOICES = {  # README's table: what its columns "paper" and "here" say for values of fields
+    "input": {"normalize": {"token": "each token standardised", "scale": "one scale for all"}},
+    "b_dec, W_enc": {"init": {"authors": "zero, smaller", "data": "the data's mean, equal to W_dec"}},
+    "batch, learning rate": {
+        "batch_size": {4096: "4096, ", 512: "512, "},
+        "lr": {3e-4: ", 3e-4", 0.0: ", 3e-3 · (1e6 / tokens)^0.3"},
+        "warmup": {0: "", 0.02: "rises over 2 %"}, "decay": {0: "", 0.6: "falls over 60 %"}},
+    "W_dec's rate; Adam's β": {"decoder_lr": {1: "the same; ", 2: "twice that; "},
+                               "beta1": {0.9: "; 0.9, ", 0.5: "; 0.5, "},
+                               "beta2": {0.99: ", 0.99", 0.9: ", 0.9"}},
+    "first position, special tokens, norms over 4 × the median": {
+        "skip_special": {False: "included", True: "left out"}, "max_norm": {0: "included", 4: "left out"}},
+    "begin token": {"prepend_bos": {False: "before documents", True: "before contexts too"}},
+    "Adam's update": {}, "auxiliary loss": {}}
+
+def test_readmes_table_of_choices_is_the_papers_recipe():
+    """Bug here once: in --recipe paper W_dec learnt at twice the rate, and tokens were left out."""
+    text = (Path(bt.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Training choices")[2].partition("## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert rows.pop(0) == ["", "paper (`--recipe paper`)", "here", "why"][1:]
+    told = {title: columns for title, *columns in rows}
+    assert told.keys() == CHOICES.keys()
+    ours, paper = (bt.RunConfig.preset("tiny", recipe, d_model=1) for recipe in bt.RECIPES)
+    fields = {name: title for title, names in CHOICES.items() for name in names}
+    differing = {name for name, value in vars(paper).items() if value != getattr(ours, name)}
+    assert fields.keys() == differing, "what the recipe changes is what the table tells"
+    for name, title in fields.items():
+        for cfg, words in zip((paper, ours), told[title]):
+            value = getattr(cfg, name)
+            assert CHOICES[title][name][value] in words, f"{name} = {value}: {words}"
 
 # Loss and gradients
 
@@ -470,7 +505,7 @@ def test_part_one_is_the_whole_method_and_runs_alone(planted, monkeypatch):
 def row_optimizers(twin, cfg):
     """torch.optim.Adam for each latent alone, on its rows of twin's tensors, with x_std 0.4."""
     def groups(j):
-        rows = (("W_enc", 1.0, 1), ("W_dec", 1.0, bt.DECODER_LR), ("b_enc", 0.4, 1))
+        rows = (("W_enc", 1.0, 1), ("W_dec", 1.0, cfg.decoder_lr), ("b_enc", 0.4, 1))
         return [dict(params=[torch.nn.Parameter(getattr(twin, name).data[j])], name=name,
                      factor=factor * unit, eps=1e-8 * 0.4**2 / unit) for name, unit, factor in rows]
     return [torch.optim.Adam(groups(j), betas=(cfg.beta1, cfg.beta2)) for j in range(cfg.n_latents)]
@@ -482,7 +517,7 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
     chunks(monkeypatch, 16, rows)
     monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
     cfg = config(step=step, activation=activation, k=0.5 if activation == "batchtopk" else 1, aux_k=1,
-                 lr=1e-2, tokens=10**5, warmup=16 * 4 / 10**5)
+                 lr=1e-2, tokens=10**5, warmup=16 * 4 / 10**5, decoder_lr=1.5)
     trainer, penalty = bt.Trainer(cfg), PENALTY if activation == "jumprelu" else None
     trainer.sae, trainer.x_std, trainer.variance = random_sae(cfg), 0.4, 1.0
     some_dead(trainer.sae, None)
