@@ -98,6 +98,7 @@ class Config:
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
     lr: float = option(0.0, "peak learning rate (paper: 3e-4); 0: 3e-3 · (1e6 / tokens)^0.3, ≤ 5e-3")
+    decoder_lr: float = option(2, "factor on lr for W_dec (paper: 1)")
     beta1: float = option(0.5, "Adam's decay of the mean gradient (paper: 0.9)", high=1)
     beta2: float = option(0.9, "Adam's decay of the mean squared gradient (paper: 0.99); < 1", high=1)
     warmup: float = option(0.02, "share of the run in which the learning rate rises", high=1)
@@ -106,7 +107,7 @@ class Config:
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
     step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
-    encoder_dtype: str = option("auto", "in which the sparse step finds candidates; auto: bfloat16 if fast")
+    encoder_dtype: str = option("auto", "precision of the search; auto: bfloat16 if fast")
     eval_tokens: int = option(65_536, "held-out tokens for θ (bt.train: at most); as many to evaluate", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
@@ -153,19 +154,19 @@ class SAE(nn.Module):
         super().__init__()
         self.config = check_kind(config, self)  # InputError if it asks for another kind of SAE
         F, D, generator = config.n_latents, config.d_model, torch.Generator().manual_seed(config.seed)
-        directions = functional.normalize(torch.randn(F, D, generator=generator), dim=1)
+        directions = functional.normalize(torch.randn(F, D, generator=generator, dtype=torch.float32), dim=1)
         norm = math.sqrt(2 * D / F) if config.init == "authors" else 1  # as kaiming_uniform_ on W_encᵀ [D, F]
         self.W_enc = nn.Parameter(norm * directions)  # [F, D], a copy: row j is what latent j reads
         self.W_dec = nn.Parameter(directions)  # [F, D]: row j, of norm 1, is what latent j writes
-        self.b_enc = nn.Parameter(torch.zeros(F))
-        self.b_dec = nn.Parameter(torch.zeros(D))  # init="data": the Trainer starts it at the mean of x
-        self.register_buffer("theta", torch.tensor(math.nan))  # θ, kept in float32; NaN: not estimated
+        self.b_enc = nn.Parameter(directions.new_zeros(F))
+        self.b_dec = nn.Parameter(directions.new_zeros(D))  # init="data": training starts it at the mean of x
+        self.register_buffer("theta", directions.new_tensor(math.nan))  # θ, kept in float32; NaN: none yet
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
 
     @own_precision
     def pre_activations(self, x: Tensor) -> Tensor:
-        """Z = (x - b_dec) W_encᵀ + b_enc: [B, D] -> [B, F]."""
-        return functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
+        """Z = (x - b_dec) W_encᵀ + b_enc: [B, D] -> [B, F], in float32 whatever dtype the weights have."""
+        return functional.linear(x.float() - self.b_dec.float(), self.W_enc.float(), self.b_enc.float())
 
     def get_theta(self) -> Tensor:
         """θ, which an entry must exceed at inference. Unavailable if it was never estimated."""
@@ -194,7 +195,7 @@ class SAE(nn.Module):
         """
         check_choice("selection", selection, ("theta", "batch", "topk"))
         f = self.select(self.pre_activations(self.as_rows(x)), selection)
-        return f.view(*x.shape[:-1], f.shape[-1])
+        return f.to(self.W_enc.dtype).view(*x.shape[:-1], f.shape[-1])
 
     @own_precision
     def decode(self, f: Tensor) -> Tensor:
@@ -297,8 +298,6 @@ class StepStats(NamedTuple):
     threshold: float  # smallest kept entry, ∞ if none was positive; θ is its expectation
     lr: float
 
-DECODER_LR = 2  # W_dec learns at this multiple of the learning rate (paper: 1): lower error in our runs
-
 class Trainer:
     """Trains one SAE step by step.
 
@@ -318,11 +317,11 @@ class Trainer:
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
-        """Set b_dec, x_std and variance from x [n, D]. If nobody did, step does it with its first batch."""
+        """Set x_std, variance and, if it is 0, b_dec from x [n, D]. If nobody did, the first step does it."""
         x = self.sae.as_rows(x)
         variance = float((x - x.mean(0)).square().sum(1).mean())
-        check_variance(variance, x)
-        if self.cfg.init == "data":
+        check_variance(variance, x, self.cfg)
+        if self.cfg.init == "data" and not self.sae.b_dec.any():  # one that was loaded stays
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0  # one token has none
         self.x_std = math.sqrt(self.variance / x.shape[1]) if self.cfg.normalize == "scale" else 1.0
@@ -366,8 +365,8 @@ class Trainer:
     def adam_rates(self, name: str) -> tuple[float, float]:
         """Its multiple of the learning rate, and ε in its gradient's unit: x² (the loss's), for biases x."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
-        factor = DECODER_LR if name == "W_dec" else 1
-        return factor * unit, 1e-8 * self.x_std**2 / unit
+        factor = self.cfg.decoder_lr if name == "W_dec" else 1
+        return factor * unit, 1e-8 * self.x_std**2 / unit * loss_scale(self.x_std)
 
     def adam_(self, name: str, g: Tensor, W: Tensor, mean: Tensor, square: Tensor, count: Tensor):
         """Adam (Kingma & Ba 2015), in place, on rows [r, …]. count [r, 1] or [r]: of their gradients."""
@@ -386,12 +385,12 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     sae, selection = trainer.sae, trainer.sae.training_selection(trainer.tokens_seen)
     total, mse, aux, f = loss(sae, x, selection)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
-    total.backward()
-    learning = sae.W_dec.grad.any(1).nonzero().squeeze(1)  # others have grad 0: not active, nor in L_aux
-    for name, p in sae.named_parameters():
+    names, parameters = zip(*sae.named_parameters())
+    gradients = dict(zip(names, torch.autograd.grad(total * loss_scale(trainer.x_std), parameters)))
+    learning = gradients["W_dec"].any(1).nonzero().squeeze(1)  # others: 0, not active, nor in L_aux
+    for name, g in gradients.items():
         rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
-        trainer.update_(name, p.grad[rows], rows)
-    sae.zero_grad()
+        trainer.update_(name, g[rows], rows)
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
     trainer.n_fired += active.sum(0)
@@ -417,7 +416,7 @@ def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: 
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: batches), cfg.batch_size, trainer.device)  # in float32
+    stream = rebatch(repeat(lambda: filter(torch.numel, batches)), cfg.batch_size, trainer.device)
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
     held_out = list(itertools.islice(stream, n_held_out))
     trainer.initialize_(torch.cat(check_given(held_out, 0, cfg.tokens)))
@@ -457,6 +456,9 @@ def check_config(cfg: Config):
     """InputError for a value that a field does not accept, or values that do not fit together."""
     for field in dataclasses.fields(cfg):
         name, value, rules = field.name, getattr(cfg, field.name), field.metadata
+        if getattr(value, "ndim", None) == 0:  # a number of NumPy's or torch's
+            value = value.item()
+            object.__setattr__(cfg, name, value)
         if choices(field):
             check_choice(name, value, choices(field))
         elif field.type in ("int", "float"):
@@ -484,11 +486,25 @@ def check_given(batches, tokens_seen: int, tokens: int):
     check(batches is not None and len(batches), f"the batches ended after {tokens_seen} of {tokens} tokens")
     return batches
 
-def check_variance(variance: float, x: Tensor):
-    """InputError if tokens x [n, D] or their variance are not finite, or they are all equal."""
+SIZES = 1e-15, 1e15  # of activations whose squares float32 holds with all digits
+
+def loss_scale(x_std: float) -> float:
+    """The power of two that a step multiplies the loss by before its gradients are taken, and so ε.
+
+    It is 1 for usual activations. float32 cannot hold the squares of gradients of very small or large ones.
+    """
+    return 4.0 ** (-16 * int(math.log2(x_std) / 16))
+
+def check_variance(variance: float, x: Tensor, cfg: Config):
+    """InputError if tokens x [n, D] are not finite, too small or large to be trained on, or all equal."""
     check_tokens(x, "x is", "")
-    check(math.isfinite(variance), f"the variance of x is {variance}: x is too large; divide it by a number")
-    equal = len(x) > 1 and variance <= 1e-12 * float(x.square().sum(1).mean())
+    (low, high), size, square = SIZES, float(x.abs().max()), float(x.square().sum(1).mean())
+    fits = not size or low <= size <= high
+    check(fits, f"the largest activation is {size:.3g}; scale them, so that it is from {low:g} to {high:g}")
+    small = cfg.normalize == "token" and size and square < x.shape[1] / 4
+    check(not small, "activations are too small to be standardised; scale them, so that tokens have a "
+          "standard deviation of 1e-4 or more")
+    equal = len(x) > 1 and variance <= 1e-12 * square
     check(not equal, "all activations are equal: there is nothing to learn")
 
 def check_activations(x: Tensor, d_model: int):
@@ -529,9 +545,10 @@ def active_entries(sae: SAE, x: Tensor, selection: str = "theta") -> tuple[Tenso
     Returns (row, latent) [2, m] int64, by row, then latent, and values [m] float32. Errors as for encode.
     There is no matrix [B, F] unless config.step is "plain".
     """
+    check_choice("selection", selection, ("theta", "batch"))
     if sae.config.step == "sparse":
         return sparse_entries(sae, x, selection)
-    f = sae.encode(x, selection).reshape(-1, len(sae.b_enc))
+    f = sae.select(sae.pre_activations(sae.as_rows(x)), selection)
     return f.nonzero().T, f[f != 0].float()
 
 SAE.encode_sparse = active_entries
@@ -590,12 +607,12 @@ HINT = 0.95  # the search starts at this share of the last step's threshold
 @torch.no_grad()
 def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
-    sae, cfg, n_dead = trainer.sae, trainer.cfg, count_dead(trainer.sae)
+    sae, cfg, n_dead, scale = trainer.sae, trainer.cfg, count_dead(trainer), loss_scale(trainer.x_std)
     selection = sae.training_selection(trainer.tokens_seen)
     for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
         recorded = find_recording(trainer, x, hint, n_dead, selection)
         new = (recorded.forward_backward(x, hint) if recorded
-               else forward_backward(sae, x, hint, n_dead, selection))
+               else forward_backward(sae, x, hint, n_dead, scale, selection))
         numbers = processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
         check_finite(numbers[0][0], trainer.tokens_seen)
         if numbers[0][-1]:
@@ -607,7 +624,7 @@ def sparse_step(trainer: Trainer, x: Tensor):
     mse, aux, _, n_own_dead, _ = numbers[processes.rank]
     _, _, thresholds, n_silent, _ = zip(*numbers)
     silent, n_dead = sae.tokens_since_fired, int(sum(n_silent))
-    silent.dead = silent._version, int(n_own_dead), n_dead  # for count_dead
+    known_dead[trainer] = silent, silent._version, int(n_own_dead), n_dead
     l0 = processes.total(len(new.entries.value)) / len(x)
     loss = mse + cfg.aux_coef * aux + new.entries.l0_coef * l0
     return loss, mse, aux, l0, n_dead, min(thresholds)
@@ -621,10 +638,10 @@ class StepEntries(NamedTuple):
     value: Tensor
     right: Tensor | None = None  # whether try_largest found what it should, 0.0 or 1.0
     l0_coef: float = 0.0  # the loss has this times l0
-    own_gradients: Callable[[Tensor], dict[str, Tensor]] = lambda g: {}  # of its own parameters
+    own_gradients: Callable[[Tensor, float], dict[str, Tensor]] = lambda g, scale: {}  # of its own parameters
 
 class Gradients(NamedTuple):
-    """What a step computes before it changes anything."""
+    """What a step computes before it changes anything. All gradients are times loss_scale."""
     entries: StepEntries
     centred: Tensor  # x - b_dec
     g: Tensor  # ∂mse/∂X̂ [B, D]
@@ -637,7 +654,7 @@ class Gradients(NamedTuple):
     silent: Tensor  # tokens_since_fired after this step
     numbers: Tensor  # mse, L_aux, threshold, how many latents will be dead, whether the entries are right
 
-def forward_backward(sae, x, hint, n_dead, selection="batch") -> Gradients:
+def forward_backward(sae, x, hint, n_dead, scale, selection) -> Gradients:
     """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries; n_dead: count_dead's."""
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
     entries = step_entries(sae, centred, hint, dtype, selection)
@@ -647,9 +664,9 @@ def forward_backward(sae, x, hint, n_dead, selection="batch") -> Gradients:
     residual = centred - processes.sum_(x_hat)  # X - X̂: f W_dec summed over entries
     del x_hat, row_sorted, order
     mse = residual.square().sum(1).mean()
-    aux, d_aux = auxiliary_gradient(sae, centred, residual, *n_dead)
+    aux, d_aux = auxiliary_gradient(sae, centred, residual, *n_dead, scale)
     # Backward
-    g = residual.mul_(-2 / len(x))  # ∂mse/∂X̂
+    g = residual.mul_(-2 / len(x) * scale)  # ∂mse/∂X̂
     d_value = dots(sae.W_dec, g, latent, row)  # ∂mse/∂f = g W_decᵀ
     starts = group_starts(latent, len(sae.b_enc))
     d_b_enc = sum_rows(torch.ones_like(g[:, :1]), row, d_value, starts).view(-1)
@@ -673,7 +690,7 @@ def update_(trainer, new: Gradients, lr):
     """Change weights, biases, counters. lr: a number or a tensor, for kernels; operators ask the trainer."""
     if has_kernels(new.g) and not torch.is_tensor(lr):
         lr = torch.full_like(new.numbers[0], lr)
-    own = new.entries.own_gradients(new.g)  # of W_dec as it was
+    own = new.entries.own_gradients(new.g, loss_scale(trainer.x_std))  # of W_dec as it was
     update_latents_(trainer, new, lr)
     for name, g in {"b_dec": new.d_b_dec, **own}.items():
         state = [getattr(trainer.sae, name).data, *trainer.adam[name]]
@@ -704,17 +721,19 @@ def search(sae, centred, selection, hint):
     n, per_row = n_selected(sae.config, len(centred), selection)
     return find_entries(sae, centred, hint, n, per_row=per_row)
 
-def count_dead(sae) -> tuple[int, int]:
+known_dead = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other counters
+
+def count_dead(trainer) -> tuple[int, int]:
     """How many dead latents this process has, and all together.
 
     They are known from the step before, if nobody has changed the counters (which must not be done through
     .data): the host need not wait. On a GPU they are rounded up to a power of two, so that steps are of few
     kinds. L_aux then has room for so many, and takes as few tokens as for so many.
     """
-    silent = sae.tokens_since_fired
-    version, mine, total = getattr(silent, "dead", (None, 0, 0))
-    if version != silent._version:
-        mine = int(sae.is_dead().sum())
+    silent = trainer.sae.tokens_since_fired
+    counters, version, mine, total = known_dead.get(trainer, (None, 0, 0, 0))
+    if counters is not silent or version != silent._version:
+        mine = int(trainer.sae.is_dead().sum())
         total = int(processes.total(mine))
     if mine and has_kernels(silent) and processes.size == 1:
         mine = total = 1 << (mine - 1).bit_length()
@@ -921,7 +940,7 @@ class AuxGradient(NamedTuple):
     b_enc: Tensor  # [m]
     W_dec: Tensor  # [m, D]
 
-def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int) -> tuple[Tensor, AuxGradient]:
+def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int, scale) -> tuple[Tensor, AuxGradient]:
     """auxiliary_loss and its gradient for m dead latents of this process, or fewer, and n_dead of all."""
     cfg, none, n_latents = sae.config, sae.W_enc[:0], len(sae.b_enc)
     if not n_dead or not cfg.aux_k:
@@ -939,13 +958,12 @@ def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int) -> tuple[Ten
     f.mul_(kept)
     residual = residual[:n_rows] - processes.sum_(f @ W_dec)
     aux = residual.square().sum(1).mean()
-    g = residual.mul_(-2 * cfg.aux_coef / len(centred))  # α · ∂L_aux/∂ê
+    g = residual.mul_(-2 * cfg.aux_coef / len(centred) * scale)  # α · ∂L_aux/∂ê
     d_z = (g @ W_dec.T).mul_(kept)
     return aux, AuxGradient(dead, d_z.T @ centred, d_z.sum(0), f.T @ g)
 
 def sparse_entries(sae, x, selection):
     """SAE.encode_sparse without a matrix [B, F]; it computes in float32."""
-    check_choice("selection", selection, ("theta", "batch"))
     rows, hint = sae.as_rows(x), HINT * float(sae.theta.nan_to_num(0.0))
     size = 4096 if selection == "theta" else max(1, len(rows))  # with θ rows are independent: some at a time
     indices, values = [rows.new_empty(2, 0, dtype=torch.int64)], [rows.new_empty(0, dtype=torch.float32)]
@@ -994,7 +1012,7 @@ def has_kernels(t: Tensor) -> bool:
 def kernels_run(device: torch.device) -> bool:
     """Whether Triton works on a device: tried once. It needs a C compiler, and not every GPU will do."""
     try:
-        one, starts = torch.ones(1, 1, device=device), torch.arange(2, device=device)
+        one, starts = torch.ones(1, 1, dtype=torch.float32, device=device), torch.arange(2, device=device)
         return bool(launch_sums(one, starts[:1], one[0], starts) == 1)
     except Exception as error:
         why = "it is not installed" if triton is None else f"{error!r}".splitlines()[0]
@@ -1156,7 +1174,7 @@ def dots_kernel(out, a, b, i, j, n, n_found, D, E: tl.constexpr, BLOCK: tl.const
 
 def launch_dots(a, b, i, j, n_found=None):
     """dots; with n_found [1] of the first n_found entries, -∞ for the others."""
-    out = torch.full((len(i),), -math.inf, device=a.device)
+    out = torch.full((len(i),), -math.inf, dtype=torch.float32, device=a.device)
     grid = (triton.cdiv(len(i), 8),)
     return launch(dots_kernel, grid, out, a, b, i, j, len(i), n_found, a.shape[1], E=8, BLOCK=128,
                   ALL=n_found is None, num_warps=2)
@@ -1179,7 +1197,8 @@ def sums_kernel(out, rows, which, weights, starts, D, E: tl.constexpr, BLOCK: tl
 def launch_sums(rows, which, weights, starts):
     """sum_rows, in float32."""
     n_groups, D = len(starts) - 1, rows.shape[1]
-    out, block = torch.empty(n_groups, D, device=rows.device), min(256, triton.next_power_of_2(D))
+    out = torch.empty(n_groups, D, dtype=torch.float32, device=rows.device)
+    block = min(256, triton.next_power_of_2(D))
     return launch(sums_kernel, (n_groups, triton.cdiv(D, block)), out, rows, which, weights, starts, D,
                   E=max(1, 64 // block), BLOCK=block, num_warps=1)
 
@@ -1278,7 +1297,7 @@ def launch_update_(trainer, new, lr):
     entries, g, d_aux, starts = new.entries, new.g, new.d_aux, new.starts
     sae, D, m, given = trainer.sae, g.shape[1], len(d_aux.dead), (entries.row, entries.value, new.d_value)
     shape = dict(RUN=RUN, E=2, BLOCK=triton.next_power_of_2(D))
-    runs = torch.empty(len(entries.row) // RUN, 2, D, device=g.device)
+    runs = g.new_empty(len(entries.row) // RUN, 2, D)
     if len(runs):
         launch(runs_kernel, (len(runs),), runs, entries.latent, *given, g, new.centred, D, **shape)
     place = starts  # without AUX it is not read
@@ -1302,12 +1321,12 @@ class RecordedStep:
 
     def __init__(self, trainer, x, n_dead, selection, pool):
         self.x, self.counters = torch.empty_like(x), trainer.sae.tokens_since_fired
-        self.hint, self.lr = (torch.zeros((), device=x.device) for _ in range(2))
+        self.hint, self.lr = x.new_zeros(()), x.new_zeros(())
         self.before, self.after = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
         torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
         with torch.cuda.graph(self.before, pool, **options):
-            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, selection)
+            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, loss_scale(trainer.x_std), selection)
         with torch.cuda.graph(self.after, self.before.pool(), **options):
             update_(trainer, new, self.lr)
         torch._C._cuda_clearCublasWorkspaces()
@@ -1379,7 +1398,7 @@ class JumpReLUSAE(SAE):
 
     def __init__(self, config):
         super().__init__(config)
-        self.log_threshold = nn.Parameter(torch.zeros(config.n_latents))
+        self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
         # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
         self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
 
@@ -1425,14 +1444,14 @@ def jumprelu_entries(sae, centred, hint, dtype, selection):
     if not coef:
         zero = torch.zeros_like(sae.log_threshold)
         entries = step_entries.dispatch(SAE)(sae, centred, hint, dtype, selection)
-        return entries._replace(own_gradients=lambda g: {"log_threshold": zero})
+        return entries._replace(own_gradients=lambda g, scale: {"log_threshold": zero})
     lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
     latent, row, z = find_entries(sae, centred, lowest, None, dtype)
 
-    def own_gradients(g):
+    def own_gradients(g, scale):
         with torch.enable_grad():
             f, n_active = jumprelu(z, sae.get_theta()[latent], width)
-        slopes = dots(sae.W_dec, g, latent, row), torch.full_like(n_active, coef / len(centred))
+        slopes = dots(sae.W_dec, g, latent, row), torch.full_like(n_active, scale * coef / len(centred))
         [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
         return {"log_threshold": d}
 
@@ -1518,7 +1537,7 @@ class RunConfig(Config):
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
     model_dtype: str = option("auto", "precision, if not quantised; auto: bfloat16 on newer GPUs", *DTYPES)
     dataset: str = option("stdlib", "a hub data set, a .txt, .md, .jsonl or .parquet file, or stdlib")
-    dataset_config: str = option("", "configuration of a hub data set that has several")
+    dataset_config: str = option("", "configuration of a data set that has several")
     text_column: str = option("text", "column that holds the text")
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
     prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
@@ -1555,8 +1574,9 @@ PRESETS = {
 }
 RECIPES = {  # a recipe replaces what the preset says; the update of rows and L_aux stay as they are here
     "ours": {},
-    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99,
-                  warmup=0, decay=0, dead_tokens=20_480, topk_start=0),
+    "paper": dict(normalize="token", init="authors", batch_size=4096, lr=3e-4, decoder_lr=1, beta1=0.9,
+                  beta2=0.99, warmup=0, decay=0, dead_tokens=20_480, topk_start=0, prepend_bos=False,
+                  skip_special=False, max_norm=0),
 }
 
 class LanguageModel:
@@ -1637,7 +1657,7 @@ class LanguageModel:
 
         Several processes share the contexts.
         """
-        h = torch.zeros(*ids.shape, self.d_model, device=self.device)
+        h = torch.zeros(*ids.shape, self.d_model, dtype=torch.float32, device=self.device)
         mine, place = (t.tensor_split(processes.size)[processes.rank] for t in (ids, h))
         if len(mine):
             place.copy_(self.activations(mine))
@@ -2062,7 +2082,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         unit = (std + 1e-5).square()  # for nmse, of standardised tokens: see standardize
         variance = float(square.mean() - mean.square().sum())
         fvu = float(error.mean()) / variance if variance > 0 else math.nan
-        density = processes.gather(sum(fired)).flatten() / len(error)
+        density = processes.gather(sum(fired)).flatten().float() / len(error)
         result[selection] = {
             "fvu": fvu, "explained_variance": 1 - fvu, "mse": float(error.mean()),
             "nmse": float((error / unit).sum() / (std.square() / unit).sum() / (len(mean) - 1)),
@@ -2173,7 +2193,8 @@ class ExportedSAE(nn.Module):
     def encode_sparse(self, x):
         """The active entries alone, as from SAE.encode_sparse: indices [2, m] int64, values [m]."""
         F, m, rows = self.b_enc.shape[0], 0, x.reshape(-1, x.shape[-1])
-        index, value = torch.empty(0, dtype=torch.int64, device=x.device), torch.empty(0, device=x.device)
+        index = torch.empty(0, dtype=torch.int64, device=x.device)
+        value = torch.empty(0, dtype=torch.float32, device=x.device)
         size = max(1, min(1024, (1 << 24) // F))
         for start in range(0, rows.shape[0], size):
             z, inactive = self._encode(rows[start : start + size])
@@ -2269,7 +2290,7 @@ def dictionary_learning_files(sae, *_):
     check(fits, "this format holds one θ, a whole k and no standardised tokens; use saelens")
     tensors = {"b_dec": sae.b_dec, "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc,
                "decoder.weight": sae.W_dec.T, "k": torch.tensor(int(cfg.k), dtype=torch.int32),
-               "threshold": torch.tensor(-1.0) if topk else sae.theta}
+               "threshold": torch.full_like(sae.theta, -1.0) if topk else sae.theta}
     file = io.BytesIO()
     torch.save({name: t.detach().contiguous() for name, t in tensors.items()}, file)
     trainer = dict(trainer_class="TopKTrainer" if topk else "BatchTopKTrainer", k=int(cfg.k),

@@ -99,7 +99,7 @@ def config_options(command, lists=(), sets=SETS):
         default = next((sets[mark][mark][name] for mark in marks if name in sets[mark][mark]), field.default)
         default = "auto" if name == "lr" else f"{default:g}" if isinstance(default, float) else default
         if kind is bool:  # what is on by default can only be turned off
-            flag, default = f"--no-{flag[2:]}", ""
+            flag, default = f"--no-{flag[2:]}", "off" if marks else ""
             extra["callback"] = lambda given: False if given else None
         if name in lists:
             kind, extra = str, {"metavar": ",…"}
@@ -920,8 +920,8 @@ STUDIES = {  # what --study varies, unless an option says otherwise
     "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
     "recipe": {"activation": "batchtopk", "recipe": "ours,paper"},
     "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=256,batch_size=1024"
-                 ",beta1=0.9,beta1=0,beta2=0.99,warmup=0.1,decay=0,decay=0.3,init=authors,normalize=token"
-                 ",aux_coef=0,dead_tokens=100000"},
+                 ",decoder_lr=1,beta1=0.9,beta1=0,beta2=0.99,warmup=0.1,decay=0,decay=0.3,init=authors"
+                 ",normalize=token,aux_coef=0,dead_tokens=100000"},
 }
 
 @app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
@@ -929,7 +929,8 @@ STUDIES = {  # what --study varies, unless an option says otherwise
 def compare(
     preset: Preset = "tiny",
     study: choice(STUDIES, "what to vary; it sets what is marked methods") = "methods",
-    recipe: Annotated[str | None, Option(metavar=",…", help=sentence(RECIPE, bt.RECIPES, "ours"))] = None,
+    recipe: Annotated[str | None, Option(metavar=",…", help=sentence(
+        f"{RECIPE}; all read the tokens of the first", bt.RECIPES, "ours"))] = None,
     change: Annotated[str | None, Option(metavar=",…", help="Changes to try, as beta1=0,decay=0.")] = None,
     seeds: Annotated[int, Option(metavar="", help="How many seeds of each, from 0.", min=1)] = 3,
     out_folder: Annotated[Path, Option("--out", metavar="", help="Their folder.")] = Path("runs/compare"),
@@ -951,6 +952,11 @@ def compare(
     names = [name for name in values if name == "activation" or len(values[name]) > 1]
     values["seed"] = list(map(str, range(seeds)))
     settings = [dict(zip(values, setting)) for setting in itertools.product(*values.values())]
+    first, *others = values.get("recipe", ["ours"])
+    if others:  # all read the same tokens, those of the first recipe
+        cfg = bt.RunConfig.preset(preset, first, d_model=1)
+        changed = {name for recipe in bt.RECIPES.values() for name in recipe}
+        given = {name: getattr(cfg, name) for name in changed - {*OWN}} | given
     configs, groups = {}, {}
     for setting in settings:
         varied = [f"{name}={setting[name]}" for name in (*names[1:], "seed")]

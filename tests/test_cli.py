@@ -482,7 +482,16 @@ def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, mon
     assert cli.check_shared(seen) in seen.values()
     if study == "recipe":
         ours, paper = (seen[f"batchtopk-recipe={name}-seed=0"] for name in ("ours", "paper"))
-        assert paper == dataclasses.replace(ours, **bt.RECIPES["paper"])
+        recipe = {name: value for name, value in bt.RECIPES["paper"].items() if name in cli.OWN}
+        assert paper == dataclasses.replace(ours, **recipe), "of the text they read the same"
+        assert ours == bt.RunConfig.preset("tiny", d_model=1)
+        seen.clear()
+        invoke("compare", "--recipe", "paper,ours", "--activation", "batchtopk", "--seeds", 1)
+        assert seen["batchtopk-recipe=paper-seed=0"] == bt.RunConfig.preset("tiny", "paper", d_model=1)
+        assert seen["batchtopk-recipe=ours-seed=0"].max_norm == 0, "the first recipe's text"
+        seen.clear()
+        invoke("compare", "--recipe", "paper", "--activation", "topk", "--seeds", 1)
+        assert [*seen.values()] == [bt.RunConfig.preset("tiny", "paper", d_model=1, activation="topk")]
     if study == "training":
         none, lr = (seen[f"batchtopk-change={change}-seed=0"] for change in ("none", "lr=0.006"))
         assert lr == dataclasses.replace(none, lr=0.006)

@@ -275,6 +275,20 @@ def test_the_same_steps_give_the_same_bits():
         states.append(bt.trainer_state(trainer))
     assert same_tensors(*states)
 
+def test_torchs_default_dtype_changes_nothing():
+    """Its kernels were given tensors of another dtype than they read."""
+    states, batches = [], [randn(16, 12, seed=i) for i in range(4)]
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            trainer = bt.Trainer(config(dead_tokens=32))
+            states.append(bt.trainer_state(trainer) | {"stats": torch.tensor([*map(trainer.step, batches)])})
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert states[0].keys() == states[1].keys()
+    for name, t in states[0].items():
+        torch.testing.assert_close(states[1][name], t, check_dtype=name != "stats", equal_nan=True)
+
 def test_a_batch_may_lie_in_memory_as_it_likes():
     trainer, x = bt.Trainer(config()), randn(16, 12, seed=3)
     for i in range(2):

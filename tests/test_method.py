@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +156,7 @@ def test_saes_saved_by_an_older_version_load_and_give_the_same_latents(activatio
     assert torch.equal(f > 0, expected["f"] > 0) and f.any()
     torch.testing.assert_close(f, expected["f"], atol=1e-6, rtol=1e-5)  # other processors add up otherwise
     assert (sae.config.prepend_bos, sae.config.max_norm, sae.config.norm_limit) == (False, 0, 0)
+    assert sae.config.decoder_lr == 2, "of every training before this field"
 
 def test_loading_something_else_names_it(tmp_path, planted_sae):
     def refused(kind, said):
@@ -189,9 +191,85 @@ def test_presets_hold_the_papers_settings():
     assert found == (8, "resid_pre", 128, 10**9, 4096, 64)
     cfg = bt.RunConfig.preset("tiny", "paper", d_model=256)
     assert (cfg.lr, cfg.beta1, cfg.beta2, cfg.normalize, cfg.init) == (3e-4, 0.9, 0.99, "token", "authors")
+    assert (cfg.decoder_lr, cfg.skip_special, cfg.prepend_bos, cfg.max_norm) == (1, False, False, 0)
+    assert (cfg.dead_tokens, cfg.aux_k, cfg.aux_coef, cfg.context) == (5 * 4096, 512, 1 / 32, 128)
     for arguments, said in ((["gpt3"], "tiny, gpt2-small, gemma-2-2b"), (["tiny", "mine"], "ours, paper")):
         with pytest.raises(bt.InputError, match=said):
             bt.RunConfig.preset(*arguments, d_model=8)
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.float32, np.float64, np.array, torch.tensor])
+def test_config_takes_the_numbers_of_numpy_and_torch(kind):
+    """Bug here once: np.int64(3) was refused with "give a number from 0 to inf". JSON needs Python's."""
+    given = dict(k=kind(3), n_latents=kind(40), lr=kind(1), seed=kind(7))
+    cfg = config(**given, activation=np.str_("topk"))
+    assert cfg == config(k=3, n_latents=40, lr=1, seed=7, activation="topk")
+    assert {type(value) for value in vars(cfg).values()} <= {int, float, str}
+    bt.RunConfig(**vars(cfg), skip_special=np.bool_(False))
+    for wrong in (np.float32(2.5), np.array([3, 4]), np.datetime64("2024")):
+        with pytest.raises(bt.InputError, match="whole number from 1"):
+            config(n_latents=wrong)
+
+@pytest.fixture
+def default_dtype():
+    """The function that sets torch's default dtype, which is as before after the test."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_default_dtype_changes_nothing(dtype, activation, planted, default_dtype, tmp_path):
+    """Bug here once: weights drawn in float64, and training ended inside sampled_addmm."""
+    cfg, results = config(d_model=48, tokens=256, dead_tokens=32, activation=activation), []
+    batches = [planted.batch(16, i) for i in range(20)]
+    for other in (torch.float32, dtype):
+        default_dtype(other)
+        sae = bt.train(cfg, batches)
+        sae.save(tmp_path)
+        sae, files = bt.SAE.load(tmp_path), {}
+        if activation != "jumprelu":  # which the second format does not hold
+            bt.export(sae, tmp_path / "encoder.pt")
+            files = dict(zip("iv", torch.jit.load(tmp_path / "encoder.pt").encode_sparse(batches[0])))
+            bt.export(sae, tmp_path / "other", format="dictionary-learning")
+            files |= torch.load(tmp_path / "other" / "ae.pt")
+        (index, value), f = sae.encode_sparse(batches[0]), sae.encode(batches[0]).detach()
+        density = bt.evaluate(sae, batches)["batch"]["feature_density"]
+        results.append({**sae.state_dict(), **files, "index": index, "value": value, "f": f, "d": density})
+    assert same_tensors(*results)
+    dtypes = [{name: t.dtype for name, t in result.items()} for result in results]
+    assert dtypes[0] == dtypes[1]
+
+CHOICES = {  # README's table: what its columns "paper" and "here" say for values of fields
+    "input": {"normalize": {"token": "each token standardised", "scale": "one scale for all"}},
+    "b_dec, W_enc": {"init": {"authors": "zero, smaller", "data": "the data's mean, equal to W_dec"}},
+    "batch, learning rate": {
+        "batch_size": {4096: "4096, ", 512: "512, "},
+        "lr": {3e-4: ", 3e-4", 0.0: ", 3e-3 · (1e6 / tokens)^0.3"},
+        "warmup": {0: "", 0.02: "rises over 2 %"}, "decay": {0: "", 0.6: "falls over 60 %"}},
+    "W_dec's rate; Adam's β": {"decoder_lr": {1: "the same; ", 2: "twice that; "},
+                               "beta1": {0.9: "; 0.9, ", 0.5: "; 0.5, "},
+                               "beta2": {0.99: ", 0.99", 0.9: ", 0.9"}},
+    "first position, special tokens, norms over 4 × the median": {
+        "skip_special": {False: "included", True: "left out"}, "max_norm": {0: "included", 4: "left out"}},
+    "begin token": {"prepend_bos": {False: "before documents", True: "before contexts too"}},
+    "Adam's update": {}, "auxiliary loss": {}}
+
+def test_readmes_table_of_choices_is_the_papers_recipe():
+    """Bug here once: in --recipe paper W_dec learnt at twice the rate, and tokens were left out."""
+    text = (Path(bt.__file__).parent / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Training choices")[2].partition("## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert rows.pop(0) == ["", "paper (`--recipe paper`)", "here", "why"][1:]
+    told = {title: columns for title, *columns in rows}
+    assert told.keys() == CHOICES.keys()
+    ours, paper = (bt.RunConfig.preset("tiny", recipe, d_model=1) for recipe in bt.RECIPES)
+    fields = {name: title for title, names in CHOICES.items() for name in names}
+    differing = {name for name, value in vars(paper).items() if value != getattr(ours, name)}
+    assert fields.keys() == differing, "what the recipe changes is what the table tells"
+    for name, title in fields.items():
+        for cfg, words in zip((paper, ours), told[title]):
+            value = getattr(cfg, name)
+            assert CHOICES[title][name][value] in words, f"{name} = {value}: {words}"
 
 # Loss and gradients
 
@@ -329,6 +407,23 @@ def test_counters_say_on_how_many_tokens_a_latent_fired(step, activation):
         trainer.step(x)
         assert torch.equal(trainer.n_fired, expected) and expected.any()
 
+def test_a_change_of_the_counters_is_noticed_in_copies_too():
+    """Bug here once: the number of dead latents stood on the counters' tensor. A copy took it along, and
+    after as many changes as the original had had it was taken for fresh: no auxiliary loss."""
+    trainer, x = bt.Trainer(config(dead_tokens=1000)), randn(16, 12, seed=9)
+    for i in range(3):
+        assert trainer.step(randn(16, 12, seed=i)).dead == 0
+    for n_changes in range(1, 16):
+        other = copy.deepcopy(trainer)
+        for _ in range(n_changes):
+            other.sae.tokens_since_fired.fill_(10**6)
+        stats = other.step(x)
+        assert stats.aux > 0, f"after {n_changes} changes"
+        other.sae.register_buffer("tokens_since_fired", torch.zeros(40, dtype=torch.int64))
+        for _ in range(n_changes):
+            other.sae.tokens_since_fired.fill_(10**6)
+        assert other.step(x).aux > 0, f"in a tensor of its own, after {n_changes} changes"
+
 # θ
 
 def test_the_running_theta_is_the_bias_corrected_average():
@@ -425,7 +520,7 @@ def test_part_one_is_the_whole_method_and_runs_alone(planted, monkeypatch):
 def row_optimizers(twin, cfg):
     """torch.optim.Adam for each latent alone, on its rows of twin's tensors, with x_std 0.4."""
     def groups(j):
-        rows = (("W_enc", 1.0, 1), ("W_dec", 1.0, bt.DECODER_LR), ("b_enc", 0.4, 1))
+        rows = (("W_enc", 1.0, 1), ("W_dec", 1.0, cfg.decoder_lr), ("b_enc", 0.4, 1))
         return [dict(params=[torch.nn.Parameter(getattr(twin, name).data[j])], name=name,
                      factor=factor * unit, eps=1e-8 * 0.4**2 / unit) for name, unit, factor in rows]
     return [torch.optim.Adam(groups(j), betas=(cfg.beta1, cfg.beta2)) for j in range(cfg.n_latents)]
@@ -437,7 +532,7 @@ def test_training_is_adam_on_each_latents_own_history(step, rows, activation, mo
     chunks(monkeypatch, 16, rows)
     monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
     cfg = config(step=step, activation=activation, k=0.5 if activation == "batchtopk" else 1, aux_k=1,
-                 lr=1e-2, tokens=10**5, warmup=16 * 4 / 10**5)
+                 lr=1e-2, tokens=10**5, warmup=16 * 4 / 10**5, decoder_lr=1.5)
     trainer, penalty = bt.Trainer(cfg), PENALTY if activation == "jumprelu" else None
     trainer.sae, trainer.x_std, trainer.variance = random_sae(cfg), 0.4, 1.0
     some_dead(trainer.sae, None)
@@ -510,6 +605,35 @@ def test_input_units_change_nothing_but_units(planted, factor):
     torch.testing.assert_close(other.b_dec / factor, one.b_dec, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(other.theta / factor, one.theta, atol=1e-4, rtol=1e-3)
 
+@pytest.mark.parametrize("factor", [2.0**45, 2.0**-34, 2.0**-45])
+@pytest.mark.parametrize("activation, step", [*((a, "sparse") for a in ACTIVATIONS), ("jumprelu", "plain")])
+def test_sizes_far_from_1_change_nothing_either(planted, factor, activation, step, monkeypatch):
+    """Bug here once: squares of gradients left float32, so that inputs of size 1e-9 gave an FVU of 3.2."""
+    monkeypatch.setattr(bt, "JUMP_START", 0.5)
+    cfg = config(d_model=48, tokens=384, dead_tokens=64, activation=activation, step=step)
+    trainers = bt.Trainer(cfg), bt.Trainer(cfg)
+    for i in range(24):
+        x = planted.batch(16, i)
+        one, other = (trainer.step(s * x) for trainer, s in zip(trainers, (1.0, factor)))
+        assert other.fvu == pytest.approx(one.fvu, rel=1e-4) and other.l0 == pytest.approx(one.l0)
+        assert other.aux / factor**2 == pytest.approx(one.aux, rel=1e-4)
+    one, other = (trainer.sae for trainer in trainers)
+    for name in ("W_enc", "W_dec"):
+        torch.testing.assert_close(getattr(other, name), getattr(one, name), atol=1e-4, rtol=1e-4)
+    for name in ("b_enc", "b_dec"):
+        torch.testing.assert_close(getattr(other, name) / factor, getattr(one, name), atol=1e-4, rtol=1e-4)
+    if activation == "jumprelu":
+        assert one.penalty[0] and one.log_threshold.std() > 0, "thresholds have begun to learn"
+        torch.testing.assert_close(other.get_theta() / factor, one.get_theta(), atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize("changes, factor, said", [
+    ({}, 1e-18, "largest activation is .*e-18; .* from 1e-15 to 1e"), ({}, 1e18, "is .*e.18; "),
+    ({}, 1e25, "is .*e.25; "), ({}, 1e-25, "is .*e-25; "), (dict(normalize="token"), 1e-7, "to be standardi")])
+def test_sizes_that_float32_cannot_square_are_named(planted, changes, factor, said):
+    """Bug here once: said to be all equal, or not finite, or trained on until the loss was nan."""
+    with pytest.raises(bt.InputError, match=said):
+        bt.train(config(d_model=48, tokens=320, **changes), [factor * planted.batch(640, 0)])
+
 def test_token_normalisation_makes_the_sae_indifferent_to_a_tokens_scale_and_mean(planted):
     sae = bt.train(config(d_model=48, normalize="token", tokens=2048), planted.stream(256))
     x = planted.batch(64, 904)
@@ -526,6 +650,17 @@ def test_b_dec_and_the_encoder_start_as_configured(planted, init):
     torch.testing.assert_close(trainer.sae.W_enc.detach(), norm * trainer.sae.W_dec.detach())
     fvu = bt.Trainer(config(d_model=48, n_latents=600, init=init, lr=1e-9)).step(x).fvu
     assert fvu < 1.5 if init == "data" else fvu > 0.5, "in units of the data's variance"
+
+def test_weights_loaded_into_a_new_trainer_are_where_its_first_step_starts(planted, planted_sae):
+    """Bug here once: the first step set b_dec to its batch's mean, over the one that had been loaded."""
+    trainer = bt.Trainer(dataclasses.replace(planted_sae.config, lr=1e-9, step="plain"))
+    trainer.sae.load_state_dict(planted_sae.state_dict())
+    x = planted.batch(256, 908)
+    expected = float((x - planted_sae(x, "batch").detach()).square().sum(1).mean())
+    assert trainer.step(x).mse == pytest.approx(expected, rel=1e-5)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        torch.testing.assert_close(getattr(trainer.sae, name), getattr(planted_sae, name), atol=1e-6, rtol=0)
+    assert trainer.variance == pytest.approx(float((x - x.mean(0)).square().sum(1).mean()), rel=1e-5)
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
     cfg = config(lr=1.0, tokens=1600, batch_size=16, warmup=0.1, decay=0.5)
@@ -569,10 +704,32 @@ def test_a_stream_that_ends_early_and_values_that_are_not_finite_are_errors(plan
         with pytest.raises(bt.InputError, match=said):
             bt.Trainer(config(d_model=48)).step(x)
 
+@pytest.mark.parametrize("empty", [[torch.zeros(0, 12)], [torch.zeros(4, 0, 12)] * 3, torch.zeros(0, 12), []])
+def test_batches_without_a_token_are_an_error_and_those_among_others_are_passed_over(empty):
+    """Bug here once: a list of empty tensors was asked for more for ever."""
+    with pytest.raises(bt.InputError, match="ended after 0 of 4096"):
+        bt.train(config(), empty)
+    x = randn(300, 12)
+    some, all = (bt.train(config(tokens=500), parts) for parts in ([*empty, x[:70], *empty, x[70:]], [x]))
+    assert same_tensors(some.state_dict(), all.state_dict())
+
 def test_a_model_that_always_says_the_same_is_refused():
     for x in (torch.zeros(64, 12), torch.ones(64, 12) / 3):
         with pytest.raises(bt.InputError, match="all activations are equal"):
             bt.train(config(tokens=640), [x] * 10)
+
+@pytest.mark.parametrize("step", ["plain", "sparse"])
+def test_gradients_that_are_there_already_do_not_enter_a_step(planted, step):
+    """Bug here once: the plain step added its own to what the parameters' .grad held."""
+    trainer, twin = (bt.Trainer(config(d_model=48, step=step)) for _ in range(2))
+    for i in range(2):
+        loss = trainer.sae(planted.batch(16, 9), "batch").square().sum()
+        loss.backward()
+        before = {name: p.grad.clone() for name, p in trainer.sae.named_parameters()}
+        assert trainer.step(planted.batch(16, i)) == twin.step(planted.batch(16, i))
+        assert same_tensors(before, {name: p.grad for name, p in trainer.sae.named_parameters()})
+        trainer.sae.zero_grad()
+    assert same_tensors(bt.trainer_state(trainer), bt.trainer_state(twin))
 
 @pytest.mark.parametrize("step", ["plain", "sparse"])
 def test_a_refused_batch_leaves_the_trainer_as_it_was(planted, step):
@@ -654,6 +811,19 @@ def test_active_entries_are_those_of_encode(selection, activation, step, monkeyp
     (indices, kept), f = sae.encode_sparse(x.view(4, 4, 12), selection), sae.encode(x, selection).detach()
     assert torch.equal(indices, f.nonzero().T), "by row, then latent"
     torch.testing.assert_close(kept, f[tuple(indices)], atol=1e-6, rtol=1e-6)
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("step", ["plain", "sparse"])
+def test_a_rounded_saes_active_entries_are_those_of_encode(dtype, activation, step):
+    """Bug here once: encode computed in bfloat16, encode_sparse in float32: 32 of 7,050 entries differed."""
+    sae, x = random_sae(config(activation=activation, step=step)).to(dtype), randn(500, 12, seed=1)
+    sae.theta.fill_(1.5)
+    for selection in ("theta", "batch"):
+        (indices, kept), f = sae.encode_sparse(x, selection), sae.encode(x, selection).detach()
+        assert torch.equal(indices, f.nonzero().T) and len(kept) > 1000 and f.dtype == dtype
+        torch.testing.assert_close(kept.to(dtype), f[tuple(indices)])
+        assert kept.dtype == torch.float32, "the sparse form does not round values"
 
 def test_large_inputs_are_encoded_a_part_at_a_time_and_none_at_all():
     sae, x = random_sae(config()), randn(9000, 12, seed=1)
