@@ -279,7 +279,7 @@ def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
     others. InputError if no batch has a positive entry.
     """
     batches = rebatch(batches, sae.config.batch_size, sae.W_dec.device)
-    found = [(len(x), smallest(active_entries(sae, x, "batch")[1])) for x in batches]  # ∞: none positive
+    found = [(len(x), smallest(sae, active_entries(sae, x, "batch")[1])) for x in batches]  # ∞: none positive
     thresholds = [threshold for n, threshold in found if n == found[0][0] and threshold != math.inf]
     theta = check_theta(sum(thresholds) / max(1, len(thresholds)))  # 0 if there is none
     sae.theta.fill_(theta)
@@ -533,7 +533,9 @@ def sae_class(cfg: Config) -> type[SAE]:
 
 def check_kind(cfg: Config, sae: SAE) -> Config:
     """cfg, if it is one for SAEs of this class."""
-    check(isinstance(sae, sae_class(cfg)), f"{type(sae).__name__} does not fit activation {cfg.activation} "
+    kinds = {*SAES.values(), *SAES_ON_STANDARDIZED.values()}
+    kind = next(kind for kind in type(sae).__mro__ if kind in kinds)  # a subclass of the user's own is fine
+    check(kind is sae_class(cfg), f"{type(sae).__name__} does not fit activation {cfg.activation} "
           f"with normalize {cfg.normalize}; make_sae(config) gives the right class")
     return cfg
 
@@ -561,10 +563,10 @@ def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     return torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p[:, :1] if p.ndim == 2 else p)
 
-def smallest(values: Tensor) -> float:
-    """The smallest of the values of all processes, ∞ if there is none."""
+def smallest(sae: SAE, values: Tensor) -> float:
+    """The smallest of the values, in all processes that share the SAE; ∞ if there is none."""
     own = float(values.min()) if len(values) else math.inf
-    return float(processes.gather(torch.tensor(own, dtype=torch.float64)).min())
+    return float(sae.processes.gather(torch.tensor(own, dtype=torch.float64)).min())
 
 def resolve_device(name: str) -> torch.device:
     """The device a Config asks for. Unavailable if this machine lacks it, InputError if it cannot train."""
@@ -613,7 +615,7 @@ def sparse_step(trainer: Trainer, x: Tensor):
         recorded = find_recording(trainer, x, hint, n_dead, selection)
         new = (recorded.forward_backward(x, hint) if recorded
                else forward_backward(sae, x, hint, n_dead, scale, selection))
-        numbers = processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
+        numbers = sae.processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
         check_finite(numbers[0][0], trainer.tokens_seen)
         if numbers[0][-1]:
             break
@@ -621,11 +623,11 @@ def sparse_step(trainer: Trainer, x: Tensor):
         recorded.update_(trainer.learning_rate())
     else:
         update_(trainer, new, trainer.learning_rate())
-    mse, aux, _, n_own_dead, _ = numbers[processes.rank]
+    mse, aux, _, n_own_dead, _ = numbers[sae.processes.rank]
     _, _, thresholds, n_silent, _ = zip(*numbers)
     silent, n_dead = sae.tokens_since_fired, int(sum(n_silent))
     known_dead[trainer] = silent, silent._version, int(n_own_dead), n_dead
-    l0 = processes.total(len(new.entries.value)) / len(x)
+    l0 = sae.processes.total(len(new.entries.value)) / len(x)
     loss = mse + cfg.aux_coef * aux + new.entries.l0_coef * l0
     return loss, mse, aux, l0, n_dead, min(thresholds)
 
@@ -661,7 +663,7 @@ def forward_backward(sae, x, hint, n_dead, scale, selection) -> Gradients:
     latent, row, value, right, *_ = entries
     row_sorted, order = row.int().sort(stable=True)
     x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row_sorted, len(x)))
-    residual = centred - processes.sum_(x_hat)  # X - X̂: f W_dec summed over entries
+    residual = centred - sae.processes.sum_(x_hat)  # X - X̂: f W_dec summed over entries
     del x_hat, row_sorted, order
     mse = residual.square().sum(1).mean()
     aux, d_aux = auxiliary_gradient(sae, centred, residual, *n_dead, scale)
@@ -671,13 +673,13 @@ def forward_backward(sae, x, hint, n_dead, scale, selection) -> Gradients:
     starts = group_starts(latent, len(sae.b_enc))
     d_b_enc = sum_rows(torch.ones_like(g[:, :1]), row, d_value, starts).view(-1)
     d_b_enc.index_add_(0, d_aux.dead.clamp(max=len(d_b_enc) - 1), d_aux.b_enc)
-    d_b_dec = g.sum(0) - processes.sum_(sae.W_enc.T.mv(d_b_enc))  # also L_aux's: it sees b_dec through Z
+    d_b_dec = g.sum(0) - sae.processes.sum_(sae.W_enc.T.mv(d_b_enc))  # also L_aux's: it sees b_dec through Z
     # Counters
     fired = starts[1:] > starts[:-1]
     silent = (sae.tokens_since_fired + len(x)).masked_fill_(fired, 0)
     if selection == "topk":
         least = value.new_full((len(x),), math.inf).scatter_reduce_(0, row, value, "amin")
-        least = processes.gather(least).amin(0)
+        least = sae.processes.gather(least).amin(0)
         threshold = (least.where(least < math.inf, 0).sum() / (least < math.inf).sum()).nan_to_num(math.inf)
     else:
         threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
@@ -705,7 +707,7 @@ def update_(trainer, new: Gradients, lr):
 @functools.singledispatch
 def step_entries(sae, centred, hint, dtype, selection) -> StepEntries:
     """The entries that a training step keeps of x - b_dec = centred."""
-    find = try_largest if can_try(centred, hint) else find_entries
+    find = try_largest if can_try(sae, centred, hint) else find_entries
     n, per_row = n_selected(sae.config, len(centred), selection)
     return StepEntries(*find(sae, centred, hint, n, dtype, per_row))
 
@@ -734,8 +736,8 @@ def count_dead(trainer) -> tuple[int, int]:
     counters, version, mine, total = known_dead.get(trainer, (None, 0, 0, 0))
     if counters is not silent or version != silent._version:
         mine = int(trainer.sae.is_dead().sum())
-        total = int(processes.total(mine))
-    if mine and has_kernels(silent) and processes.size == 1:
+        total = int(trainer.sae.processes.total(mine))
+    if mine and has_kernels(silent) and trainer.sae.processes.size == 1:
         mine = total = 1 << (mine - 1).bit_length()
     return mine, total
 
@@ -753,10 +755,10 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32, per_row=False)
     """
     for start in (0.0,) if per_row else (hint, 0.0):
         index, value = largest_entries(sae, centred, start, n, dtype, per_row)
-        if n is None or not start or processes.total(len(value)) >= n:
+        if n is None or not start or sae.processes.total(len(value)) >= n:
             break
     if n is not None:
-        index, value = processes.largest(index, value, n, len(centred) if per_row else 0)
+        index, value = sae.processes.largest(index, value, n, len(centred) if per_row else 0)
     return index // len(centred), index % len(centred), value
 
 def largest_entries(sae, centred, hint, n, dtype, per_row=False):
@@ -949,14 +951,14 @@ def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int, scale) -> tu
     exists, at = dead < n_latents, dead.clamp(max=n_latents - 1)
     W_enc, W_dec, b_enc = sae.W_enc[at], sae.W_dec[at], sae.b_enc[at]
     n_rows = max(1, int(AUX_SHARE * len(centred) * cfg.n_latents / n_dead))
-    k, centred = min(math.ceil(cfg.aux_k / processes.size), m), centred[:n_rows]
+    k, centred = min(math.ceil(cfg.aux_k / sae.processes.size), m), centred[:n_rows]
     f = torch.addmm(b_enc, centred, W_enc.T)
     kept = exists.to(f.dtype).expand_as(f)
     if k < m:
         best = f.masked_fill(~exists, -math.inf).topk(k, dim=1, sorted=False).indices
         kept = torch.zeros_like(f).scatter_(1, best, 1.0).mul_(kept)
     f.mul_(kept)
-    residual = residual[:n_rows] - processes.sum_(f @ W_dec)
+    residual = residual[:n_rows] - sae.processes.sum_(f @ W_dec)
     aux = residual.square().sum(1).mean()
     g = residual.mul_(-2 * cfg.aux_coef / len(centred) * scale)  # α · ∂L_aux/∂ê
     d_z = (g @ W_dec.T).mul_(kept)
@@ -1111,9 +1113,9 @@ def collect(z, least, entries=None, n_before=None, first=0, row_least=None):
            n_rows, len(entries[0]), BLOCK=1024, ROWS=rows)
     return entries if wait else n_before + ends[-1:]
 
-def can_try(centred, hint) -> bool:
+def can_try(sae, centred, hint) -> bool:
     """Whether a step's search is try_largest: it needs kernels and a hint."""
-    return has_kernels(centred) and processes.size == 1 and (torch.is_tensor(hint) or hint > 0)
+    return has_kernels(centred) and sae.processes.size == 1 and (torch.is_tensor(hint) or hint > 0)
 
 def try_largest(sae, centred, hint, n, dtype, per_row=False):
     """largest_entries without a wait: latent, row and value, and whether they are right, 0.0 or 1.0.
@@ -1355,7 +1357,7 @@ def find_recording(trainer, x, hint, n_dead, selection) -> RecordedStep | None:
     The first compiles the kernels, which cannot be done while recording.
     """
     sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
-    fits = x.is_cuda and sae.config.activation == "batchtopk" and x.shape[1] <= WIDEST and can_try(x, hint)
+    fits = x.is_cuda and sae.config.activation == "batchtopk" and x.shape[1] <= WIDEST and can_try(sae, x, hint)
     if not fits:
         return None
     tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])
@@ -1479,10 +1481,11 @@ def calibrate_thresholds(sae, batches):
     It is the θ of a BatchTopK SAE whose Z are divided by the thresholds.
     """
     cfg, theta = dataclasses.replace(sae.config, activation="batchtopk"), sae.get_theta()
-    scaled = make_sae(cfg, sae.W_dec.device)
-    scaled.W_enc.copy_(sae.W_enc / theta[:, None])
-    scaled.b_enc.copy_(sae.b_enc / theta)
-    scaled.b_dec.copy_(sae.b_dec)
+    scaled = sae_class(cfg)(cfg)
+    scaled.processes = sae.processes
+    for name, t in {"W_enc": sae.W_enc / theta[:, None], "b_enc": sae.b_enc / theta, "b_dec": sae.b_dec,
+                    "W_dec": sae.W_dec, "theta": sae.theta}.items():
+        getattr(scaled, name).data = t.data
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
     return factor
@@ -2082,7 +2085,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
         unit = (std + 1e-5).square()  # for nmse, of standardised tokens: see standardize
         variance = float(square.mean() - mean.square().sum())
         fvu = float(error.mean()) / variance if variance > 0 else math.nan
-        density = processes.gather(sum(fired)).flatten().float() / len(error)
+        density = sae.processes.gather(sum(fired)).flatten().float() / len(error)
         result[selection] = {
             "fvu": fvu, "explained_variance": 1 - fvu, "mse": float(error.mean()),
             "nmse": float((error / unit).sum() / (std.square() / unit).sum() / (len(mean) - 1)),
@@ -2094,8 +2097,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
 def reconstruct(sae, x, selection):
     """SAE.forward of x [B, D] from active entries alone; how many each row [B] and own latent has."""
     (row, latent), value = sae.encode_sparse(x, selection)
-    x_hat = processes.sum_(sum_rows(sae.W_dec, latent, value, group_starts(row, len(x))))
-    active = processes.sum_(torch.bincount(row, minlength=len(x)))
+    x_hat = sae.processes.sum_(sum_rows(sae.W_dec, latent, value, group_starts(row, len(x))))
+    active = sae.processes.sum_(torch.bincount(row, minlength=len(x)))
     return restore(sae, x_hat + sae.b_dec, x), active, torch.bincount(latent, minlength=len(sae.b_enc))
 
 @torch.no_grad()
@@ -2413,8 +2416,8 @@ def config_json(cfg: Config) -> str:
 
 def save_sae(sae: SAE, folder: str | os.PathLike):
     """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
-    text, tensors, folder = config_json(sae.config), processes.all_latents(sae.state_dict()), Path(folder)
-    if processes.rank == 0:
+    text, tensors, folder = config_json(sae.config), sae.processes.all_latents(sae.state_dict()), Path(folder)
+    if sae.processes.rank == 0:
         save_tensors(folder / "sae.safetensors", tensors, text)
         write_atomically(folder / "config.json", text.encode())
 
@@ -2462,7 +2465,7 @@ def load_config(folder: Path) -> tuple[Config, str]:
 # takes its share of k_aux from its own dead latents.
 
 class Processes:
-    """The processes that torchrun started. One alone gets back what it gives."""
+    """Those that share an SAE's latents. One alone has them all: what it sums or gathers is its own."""
     rank, size = 0, 1
 
     def join(self, device: str):
@@ -2480,9 +2483,9 @@ class Processes:
 
     def share(self, cfg: Config) -> slice:
         """The latents of this process."""
-        if self.size > 1 and (cfg.n_latents % self.size or cfg.step == "plain" or cfg.activation == "topk"):
+        if self.size > 1 and (cfg.n_latents % self.size or cfg.step == "plain"):
             raise InputError(f"{self.size} processes share n_latents = {cfg.n_latents} only if it is a "
-                             f"multiple of {self.size}, and train neither topk nor with --step plain")
+                             f"multiple of {self.size}, and do not train with --step plain")
         n = cfg.n_latents // self.size
         return slice(self.rank * n, (self.rank + 1) * n)
 
@@ -2493,6 +2496,7 @@ class Processes:
             for name, t in sae.state_dict().items():
                 if name not in ("b_dec", "theta"):
                     getattr(sae, name).data = t[share].clone()
+            sae.processes = self
         return sae
 
     def sum_(self, t: Tensor) -> Tensor:
@@ -2543,4 +2547,5 @@ class Processes:
                 state[name] = mine if self.rank else latents
         return state
 
-processes = Processes()
+SAE.processes = Processes()  # a whole SAE, as load gives it; keep_share_ sets that of a share
+processes = Processes()  # those that torchrun started

@@ -514,7 +514,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         results = evaluate_runs(saes, lm, (evaluation_ids, evaluation), on_context)
         agreements = seeds_agreement(trainers)
         for (name, trainer), result in zip(trainers.items(), results):
-            dead, rare = (bt.processes.total(int(which.sum())) / trainer.cfg.n_latents
+            dead, rare = (trainer.sae.processes.total(int(which.sum())) / trainer.cfg.n_latents
                           for which in (trainer.sae.is_dead(), is_rare(trainer)))
             result |= {"step_seconds": seconds[name], "dead": dead, "rare": rare}
             if name in agreements:
@@ -760,7 +760,7 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None):
         metrics = to_json_values(bt.evaluate(sae, [x]))
         for selection in ("batch", "theta"):
             metrics[selection] |= to_json_values(spliced[selection])
-        theta = float(bt.processes.gather(sae.get_theta().detach()).mean())
+        theta = float(sae.processes.gather(sae.get_theta().detach()).mean())
         results.append({"run": str(folder), "tokens": sae.config.tokens, "k": sae.config.k,
                         "theta_value": theta, "left_out": left_out, "eval_tokens": metrics.pop("tokens"),
                         **metrics})

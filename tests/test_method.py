@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import re
 import sys
@@ -143,9 +144,20 @@ def test_save_and_load_are_inverse(tmp_path, planted_sae):
         assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["config.json", "sae.safetensors"]
     for selection in ("theta", "batch"):
         assert torch.equal(loaded.encode(randn(9, 12), selection), jump.encode(randn(9, 12)))
-    for changes in (dict(activation="jumprelu"), dict(normalize="token")):
-        with pytest.raises(bt.InputError, match="make_sae"):
-            bt.SAE(config(**changes))
+
+def test_an_sae_is_of_the_kind_that_its_configuration_asks_for():
+    """Bug here once: a subclass passed for its base, was saved, and came back as another class."""
+    kinds = {(n, a): table[a] for n, table in (("scale", bt.SAES), ("token", bt.SAES_ON_STANDARDIZED))
+             for a in ACTIVATIONS}
+    for wanted, (asked, kind) in itertools.product(kinds.values(), kinds.items()):
+        cfg = config(normalize=asked[0], activation=asked[1])
+        own = type("Own", (wanted,), {})  # a person's subclass is of its base's kind
+        for cls in (wanted, own):
+            if wanted is kind:
+                cls(cfg)
+                continue
+            with pytest.raises(bt.InputError, match="make_sae"):
+                cls(cfg)
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
 def test_saes_saved_by_an_older_version_load_and_give_the_same_latents(activation):
@@ -156,7 +168,7 @@ def test_saes_saved_by_an_older_version_load_and_give_the_same_latents(activatio
     assert torch.equal(f > 0, expected["f"] > 0) and f.any()
     torch.testing.assert_close(f, expected["f"], atol=1e-6, rtol=1e-5)  # other processors add up otherwise
     assert (sae.config.prepend_bos, sae.config.max_norm, sae.config.norm_limit) == (False, 0, 0)
-    assert sae.config.decoder_lr == 2, "of every training before this field"
+    assert (sae.config.decoder_lr, sae.config.topk_start) == (2, 0), "of every training before these fields"
 
 def test_loading_something_else_names_it(tmp_path, planted_sae):
     def refused(kind, said):

@@ -28,7 +28,9 @@ def torchrun(*arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-def train_here(activation):
+ACTIVATIONS = "batchtopk", "topk", "jumprelu"  # the first begins as the second
+
+def train_here(activation, folder):
     """What this process's steps give: its statistics, all latents, which entries are kept at the end."""
     cfg, planted = dataclasses.replace(CFG, activation=activation), Planted()
     trainer, stats = bt.Trainer(cfg), []
@@ -46,6 +48,15 @@ def train_here(activation):
         kept.append(torch.stack([row, latent + first]))
     metrics = bt.evaluate(trainer.sae, [planted.batch(512, 98)])
     theta = bt.calibrate(trainer.sae, [planted.batch(512, 97)])
+    trainer.sae.save(folder / activation)
+    bt.processes.total(0)  # all wait until it is saved
+    whole = bt.SAE.load(folder / activation)
+    assert len(whole.b_enc) == 120 and whole.processes.size == 1
+    alone, together = (bt.evaluate(sae, [planted.batch(512, 96)])["theta"] for sae in (whole, trainer.sae))
+    assert alone["l0"] == together["l0"] and alone["fvu"] == pytest.approx(together["fvu"], rel=1e-5)
+    assert len(alone["feature_density"]) == 120 and alone["frac_alive"] == together["frac_alive"]
+    again = 1 if activation == "jumprelu" else theta  # a factor, of thresholds that are calibrated already
+    assert bt.calibrate(whole, [planted.batch(512, 97)]) == pytest.approx(again, rel=1e-4)
     state = bt.processes.all_latents(trainer.sae.state_dict())
     return dict(stats=torch.tensor(stats), state=dict(state), kept=kept, metrics=metrics, theta=theta)
 
@@ -54,16 +65,17 @@ def train_there(folder, environment):
     os.environ.update(environment)
     torch.set_num_threads(1)
     bt.processes.join("cpu")
-    found = {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
+    found = {activation: train_here(activation, folder) for activation in ACTIVATIONS}
     found["ties"] = bt.processes.largest(torch.arange(4), torch.tensor([2.0, 1.0, 1.0, 1.0]), 4)[1]
     torch.save(found, folder / f"{bt.processes.rank}.pt")
 
 @pytest.fixture(scope="module")
-def alone():
-    return {activation: train_here(activation) for activation in ("batchtopk", "jumprelu")}
+def alone(tmp_path_factory):
+    return {activation: train_here(activation, tmp_path_factory.mktemp("alone")) for activation in ACTIVATIONS}
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_together_do_what_one_does(n, alone, tmp_path):
+    """Bug here once: a saved SAE, loaded whole in each of two processes, was evaluated as the sum of two."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all
     context.set_forkserver_preload(["torch", "pytest", "typer.testing"])
     with socket.socket() as free:
