@@ -405,7 +405,9 @@ def compile_kernels():
     from triton.compiler import ASTSource
 
     kinds = {name: kind for kind, names in KINDS.items() for name in names.split()}
-    variants = [(bt.count_kernel, dict(BLOCK=2048)), (bt.collect_kernel, dict(BLOCK=1024)),
+    variants = [(kernel, dict(BLOCK=block, ROWS=rows)) for rows in (False, True)
+                for kernel, block in ((bt.count_kernel, 2048), (bt.collect_kernel, 1024))]
+    variants += [(bt.levels_kernel, dict(L=64, BLOCK=256, N=bt.LEVELS)),
                 (bt.dots_kernel, dict(E=8, BLOCK=128, ALL=False)),
                 (bt.dots_kernel, dict(E=8, BLOCK=128, ALL=True, n_found=None)),
                 (bt.sums_kernel, dict(E=1, BLOCK=1024)), (bt.sums_kernel, dict(E=128, BLOCK=1, D=1)),
