@@ -753,14 +753,13 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
         new = chunk_entries(sae, part, centred, columns, thresholds, row_thresholds, scratch)
         index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
         last = part.stop == n_latents
-        if per_row and (last or len(value) > 2 * wanted):
-            best, row_thresholds = largest_of_rows(index % n_rows, value, n, row_thresholds)
-        elif n is not None and len(value) > (n if last else 2 * n):
-            best = value.topk(n, sorted=False).indices.sort().values
-            thresholds = value[best].min().expand(n_latents)
-        else:
-            best = slice(None)
-        index, value = index[best], value[best]
+        if n is not None and (last or len(value) > 2 * wanted):
+            if per_row:
+                best, row_thresholds = largest_of_rows(index % n_rows, value, n, row_thresholds)
+            else:
+                best = value.topk(min(n, len(value)), sorted=False).indices.sort().values
+                thresholds = value[best].min().expand(n_latents) if len(best) else thresholds
+            index, value = index[best], value[best]
         start, size = part.stop, min(2 * size, most)
     return index, value
 
@@ -786,7 +785,7 @@ def chunk_entries(sae, part, centred, columns, thresholds, row_thresholds, scrat
     W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
     z = torch.mm(W.to(columns.dtype), columns, out=scratch[: len(W)])
     if row_thresholds is not None:
-        z.sub_(product_threshold(row_thresholds, torch.zeros_like(row_thresholds), z.dtype))
+        z.sub_(product_threshold(row_thresholds, 0.0, z.dtype))
     found = flat_above(z, product_threshold(least, b, z.dtype))
     latent, row = found // n_rows, found % n_rows
     if z.dtype == torch.float32:
@@ -985,29 +984,35 @@ def launch(kernel, grid, out, *arguments, **options):
 # Operation 1: find entries
 
 @kernel
-def is_above(z, least, l, r, B):
-    """Whether z[l, r] exceeds least[l] or is NaN: ~(z <= least), since NaN > least is false."""
-    return (r < B) & ~(tl.load(z + l * B + r, mask=r < B, other=0.0).to(tl.float32) <= tl.load(least + l))
+def is_above(z, least, row_least, l, r, B, ROWS: tl.constexpr):
+    """Whether z[l, r] exceeds least[l] (if ROWS + row_least[r]) or is NaN: ~(z <= least), since NaN > least is
+    false."""
+    bar = tl.load(least + l)
+    if ROWS:
+        bar += tl.load(row_least + r, mask=r < B, other=0.0)
+    return (r < B) & ~(tl.load(z + l * B + r, mask=r < B, other=0.0).to(tl.float32) <= bar)
 
 @kernel
-def count_kernel(counts, z, least, B, BLOCK: tl.constexpr):
-    """counts = (~(z <= least[:, None])).sum(1)"""
+def count_kernel(counts, z, least, row_least, B, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """counts = (~(z <= least[:, None] + row_least)).sum(1)"""
     l = tl.program_id(0).to(tl.int64)
     n = tl.zeros([BLOCK], tl.int32)
     for start in range(0, B, BLOCK):
-        n += is_above(z, least, l, start + tl.arange(0, BLOCK), B).to(tl.int32)
+        n += is_above(z, least, row_least, l, start + tl.arange(0, BLOCK), B, ROWS).to(tl.int32)
     tl.store(counts + l, tl.sum(n))
 
 @kernel
-def collect_kernel(latent, row, z, least, ends, n_before, l_first, B, capacity, BLOCK: tl.constexpr):
-    """latent, row = (~(z <= least[:, None])).nonzero().T, written from n_before on, up to a capacity."""
+def collect_kernel(latent, row, z, least, row_least, ends, n_before, l_first, B, capacity,
+                   BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """latent, row = (~(z <= least[:, None] + row_least)).nonzero().T, written from n_before on, up to a
+    capacity."""
     l = tl.program_id(0).to(tl.int64)
     start = tl.load(ends + l - 1, mask=l > 0, other=0)
     place = tl.load(n_before) + start
     if start < tl.load(ends + l):
         for first in range(0, B, BLOCK):
             r = first + tl.arange(0, BLOCK)
-            above = is_above(z, least, l, r, B)
+            above = is_above(z, least, row_least, l, r, B, ROWS)
             number = above.to(tl.int32)
             n = tl.sum(number)
             if n > 0:  # many blocks have none
@@ -1017,46 +1022,89 @@ def collect_kernel(latent, row, z, least, ends, n_before, l_first, B, capacity, 
                 tl.store(row + at, r.to(tl.int64), mask=ok)
                 place += n
 
-def collect(z, least, entries=None, n_before=None, first=0):
-    """Latent and row [2, m] int64 of the entries of z [r, B] that exceed least [r], in order.
+@kernel
+def levels_kernel(counts, z, b, lowest, share, n, B, L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr):
+    """counts[i, r] += how many entries of row r lie between level i and the next, of all those z[l, r]
+    + b[l] - share · |z[l, r]| that exceed the lowest level. A float's upper bits are its level's number."""
+    r = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * L
+    for l in range(first, tl.minimum(first + L, n)):
+        p = tl.load(z + l * B + r, mask=r < B, other=0.0).to(tl.float32)
+        low = p + tl.load(b + l) - share * tl.abs(p)
+        steps = (low.to(tl.int32, bitcast=True) - tl.load(lowest).to(tl.int32, bitcast=True)) >> 20
+        at = counts + tl.minimum(steps, N - 1) * B + r
+        tl.atomic_add(at, 1, mask=(r < B) & (low > tl.load(lowest)))
+
+LEVELS = 96  # for each row, 8 between a number and its double: 12 octaves, from 1/256 of the hint to 16 times it
+
+def row_level(counts, z, b, lowest, n):
+    """A threshold for each row [B] that n or more of its entries exceed, those in counts [LEVELS, B] and in
+    z [r, B] + b; the lowest where there are fewer. It is at most 13 % below the n-th largest."""
+    share = BFLOAT16_ERROR if z.dtype == torch.bfloat16 else 0.0
+    grid = triton.cdiv(len(z), 64), triton.cdiv(z.shape[1], 256)
+    launch(levels_kernel, grid, counts, z, b, lowest, share, *z.shape, L=64, BLOCK=256, N=LEVELS, num_warps=2)
+    level = (counts.flip(0).cumsum(0) >= n).sum(0, dtype=torch.int32).sub_(1).clamp_(min=0)
+    return 0.999 * ((level << 20) + lowest.view(torch.int32)).view(torch.float32)  # dots rounds otherwise
+
+def collect(z, least, entries=None, n_before=None, first=0, row_least=None):
+    """Latent and row [2, m] int64 of the entries of z [r, B] that exceed least [r] (+ row_least [B]), in order.
 
     Without `entries` the host waits for m. Else they are written into entries [2, capacity] from place
     n_before [1] on, as far as they fit, for latents from `first` on; returns [1], how many there are by now.
     """
     n_latents, n_rows = z.shape
     counts = torch.empty(n_latents, dtype=torch.int32, device=z.device)
-    ends = launch(count_kernel, (n_latents,), counts, z, least, n_rows, BLOCK=2048).cumsum(0)  # int64
+    rows = row_least is not None
+    ends = launch(count_kernel, (n_latents,), counts, z, least, row_least if rows else least, n_rows, BLOCK=2048,
+                  ROWS=rows).cumsum(0)  # int64
     wait = entries is None
     if wait:
         entries = [torch.empty(int(ends[-1]), dtype=torch.int64, device=z.device) for _ in range(2)]
         n_before = torch.zeros_like(ends[:1])
-    launch(collect_kernel, (n_latents,), *entries, z, least, ends, n_before, first, n_rows, len(entries[0]),
-           BLOCK=1024)
+    launch(collect_kernel, (n_latents,), *entries, z, least, row_least if rows else least, ends, n_before, first,
+           n_rows, len(entries[0]), BLOCK=1024, ROWS=rows)
     return entries if wait else n_before + ends[-1:]
 
 def can_try(centred, hint) -> bool:
     """Whether a step's search is try_largest: it needs kernels and a hint."""
     return has_kernels(centred) and processes.size == 1 and (torch.is_tensor(hint) or hint > 0)
 
-def try_largest(sae, centred, hint, n, dtype):
-    """largest_entries without a wait: latent, row and value [n], and whether they are right, 0.0 or 1.0.
+def try_largest(sae, centred, hint, n, dtype, per_row=False):
+    """largest_entries without a wait: latent, row and value, and whether they are right, 0.0 or 1.0.
 
-    They are if all exceed the hint, and not more were found than CANDIDATES · n, which it can hold.
+    They are if n exceed the hint (per_row: in each row n exceed its level), and if not more were found than
+    CANDIDATES times as many as are kept, which it can hold.
     """
-    capacity, size = CANDIDATES * n, max(1, CHUNK_ENTRIES[centred.device.type] // len(centred))
-    columns, least = centred.to(dtype).T, product_threshold(hint, sae.b_enc.float(), dtype)
-    entries = torch.zeros(2, capacity, dtype=torch.int64, device=centred.device)
+    n_rows, b_enc, row_least = len(centred), sae.b_enc.float(), None
+    n_kept, size = n * n_rows if per_row else n, max(1, CHUNK_ENTRIES[centred.device.type] // n_rows)
+    columns, least = centred.to(dtype).T, product_threshold(0.0 if per_row else hint, b_enc, dtype)
+    entries = torch.zeros(2, CANDIDATES * n_kept, dtype=torch.int64, device=centred.device)
     found = torch.zeros(1, dtype=torch.int64, device=centred.device)
+    if per_row:
+        counts = torch.zeros(LEVELS, n_rows, dtype=torch.int32, device=centred.device)
+        lowest = torch.zeros_like(b_enc[:1]).add_(hint / 256)
     for first in range(0, len(least), size):
         z = torch.mm(sae.W_enc[first : first + size].to(dtype), columns)
-        found = collect(z, least[first:], entries, found, first)
+        if per_row:
+            level = row_level(counts, z, b_enc[first : first + size], lowest, n)
+            row_least = product_threshold(level, 0.0, dtype)
+        found = collect(z, least[first:], entries, found, first, row_least)
         del z  # before the next is made
-    value = launch_dots(sae.W_enc, centred, *entries, found).add_(sae.b_enc[entries[0]]).relu_()
-    is_best = torch.zeros_like(value, dtype=torch.bool)
-    is_best.index_fill_(0, value.topk(n, sorted=False).indices, True)
-    best = is_best.nonzero_static(size=n).squeeze(1)  # in order
-    value = value[best]
-    return *entries[:, best], value, ((value.min() > hint) & (found[0] <= capacity)).float()
+    latent, row = entries
+    value = launch_dots(sae.W_enc, centred, latent, row, found).add_(sae.b_enc[latent]).relu_()
+    right = found[0] <= len(value)
+    if per_row:
+        place = row_places(row, n_rows, CANDIDATES * n)
+        candidates = functional.pad(value, [0, 1])[place]
+        best = place.gather(1, candidates.topk(n, sorted=False).indices).flatten()
+        right &= candidates.count_nonzero() == value.count_nonzero()  # none was left out for want of place
+    else:
+        best = value.topk(n, sorted=False).indices
+    is_best = torch.zeros(len(value) + 1, dtype=torch.bool, device=centred.device).index_fill_(0, best, True)
+    best = is_best[:-1].nonzero_static(size=n_kept).squeeze(1)  # in order
+    latent, row, value = latent[best], row[best], value[best]
+    right &= (value > (level[row] if per_row else hint)).all()
+    return latent, row, value, right.float()
 
 # Operation 2: dot products at entries
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import batchtopk as bt
 import test_method
 from conftest import Planted, same_tensors
-from test_method import ACTIVATIONS, CASES, config, randn, random_sae
+from test_method import ACTIVATIONS, CASES, RULES, config, randn, random_sae
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [pytest.mark.skipif(not interpreted, reason="needs TRITON_INTERPRET=1"),
@@ -73,6 +73,38 @@ def test_collect_continues_where_it_stopped_and_stops_where_there_is_no_room():
         kept = min(capacity, len(expected[0]))
         assert found.item() == len(expected[0]), "all are counted, also those without a place"
         assert torch.equal(place[:, :kept], expected[:, :kept]) and (place[:, kept:] == -7).all()
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("latents", [60, 30])
+def test_each_rows_largest_are_found_whatever_the_sizes_of_rows(latents, dtype, monkeypatch):
+    """In rows whose thresholds differ by a factor of a hundred, from any hint of that size."""
+    monkeypatch.setitem(bt.CHUNK_ENTRIES, "cpu", 16 * latents)
+    sae = random_sae(config(n_latents=60))
+    sae.b_enc.data.mul_(0.01)
+    centred = (randn(16, 12, seed=3) * torch.logspace(-1, 1, 16)[:, None]).contiguous()
+    for n in (1, 8):
+        with operators():
+            exact = bt.find_entries(sae, centred, 0.0, n, per_row=True)
+        dense = bt.row_topk((centred @ sae.W_enc.T + sae.b_enc).detach(), n).T
+        assert torch.equal(torch.stack(exact[:2]), dense.nonzero().T) and len(exact[0]) == 16 * n
+        torch.testing.assert_close(exact[2], dense[dense > 0], atol=1e-5, rtol=1e-5)
+        for hint in (4.0, 16.0):
+            latent, row, value, right = bt.try_largest(sae, centred, hint, n, dtype, per_row=True)
+            assert right == 1 and torch.equal(latent, exact[0]) and torch.equal(row, exact[1])
+            torch.testing.assert_close(value, exact[2], atol=1e-5, rtol=1e-5)
+        for hint in (1e4, 1e-4):  # too high for the small rows, so low that the last level holds too many
+            assert not bt.try_largest(sae, centred, hint, n, dtype, per_row=True)[3]
+
+def test_a_rows_level_is_its_nth_largest_rounded_down():
+    z, b = 4 * randn(50, 300).bfloat16(), 0.1 * randn(50, seed=1)
+    counts, lowest = torch.zeros(bt.LEVELS, 300, dtype=torch.int32), torch.tensor([2.0**-8])
+    for n in (1, 5, 12):
+        counts.zero_()
+        for part in (slice(0, 20), slice(20, 50)):  # the second adds to what the first found
+            level = bt.row_level(counts, z[part], b[part], lowest, n)
+            exact = (z[: part.stop].float() + b[: part.stop, None]).topk(n, dim=0).values[-1].clamp_min(lowest)
+            assert ((level <= exact) & (level >= 0.84 * exact)).all()
+    assert (bt.row_level(counts.zero_(), z, b, lowest, 51) == 0.999 * lowest).all(), "of too few the lowest"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_try_largest_is_the_exact_search_or_says_that_it_failed(dtype, monkeypatch):
@@ -140,9 +172,9 @@ def count_calls(monkeypatch, name):
     monkeypatch.setattr(bt, name, lambda *arguments: (calls.append(1), function(*arguments))[1])
     return calls
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_are_the_papers(case, activation, monkeypatch):
+def test_loss_and_gradients_are_the_papers(case, rule, monkeypatch):
     """As in test_method, from a hint just below the threshold, if there is one."""
     sae = random_sae(config())
     x = CASES[case](sae, randn(16, 12, seed=1))
@@ -155,8 +187,8 @@ def test_loss_and_gradients_are_the_papers(case, activation, monkeypatch):
     for name, value in (("Trainer", Started), ("RUN", 4)):
         monkeypatch.setattr(bt, name, value)
     attempted, searched = (count_calls(monkeypatch, name) for name in ("try_largest", "largest_entries"))
-    test_method.test_loss_and_gradients_are_the_papers("sparse", case, 17, activation, monkeypatch)
-    if activation == "batchtopk":
+    test_method.test_loss_and_gradients_are_the_papers("sparse", case, 17, rule, monkeypatch)
+    if rule == "batchtopk":
         assert attempted and bool(searched) == (case == "fewer positives than N"), "one attempt is enough"
 
 @pytest.mark.parametrize("changes", [
@@ -348,7 +380,7 @@ def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most, monkeyp
 
 # What the interpreter does not notice
 
-KINDS = {"*bf16": "z", "*i32": "counts", "i32": "l_first B capacity n D",
+KINDS = {"*bf16": "z", "*i32": "counts", "i32": "l_first B capacity n D share",
          "*i64": "latent row ends n_before i j n_found which starts aux_place",
          "fp32": "factor factor_dec factor_b epsilon epsilon_dec epsilon_b log_beta1 log_beta2"}
 # All others: *fp32

@@ -16,10 +16,12 @@ import batchtopk as bt
 from conftest import Largest, Planted, same_tensors
 
 ACTIVATIONS = ["batchtopk", "topk", "jumprelu"]
+RULES = {name: dict(activation=name) for name in ACTIVATIONS} | {"topk at the start": dict(topk_start=1.0)}
 PENALTY = 0.3, 0.4  # JumpReLU's λ and ε
 
 def config(**changes):
-    cfg = bt.Config(d_model=12, n_latents=40, k=3, batch_size=16, tokens=4096, device="cpu")
+    """BatchTopK from the first step on, unless topk_start is among the changes."""
+    cfg = bt.Config(d_model=12, n_latents=40, k=3, batch_size=16, tokens=4096, device="cpu", topk_start=0)
     return dataclasses.replace(cfg, **changes)
 
 def randn(*shape, seed=0):
@@ -205,7 +207,7 @@ def oracle(sae, x, dead=(), penalty=None):
     if penalty:
         (coef, width), theta = penalty, p["log_threshold"].detach().exp()
         mask = (z.detach() > theta).double()
-    elif cfg.activation == "topk":
+    elif cfg.activation == "topk" or cfg.topk_start:
         for row in range(len(x)):
             mask[row, z[row].detach().argsort(descending=True)[: int(cfg.k)]] = 1
     else:
@@ -273,14 +275,14 @@ CASES = {"generic": lambda sae, x: x, "one row": lambda sae, x: x[:1], "three ro
 STEPS = {"plain": dict(step="plain"), "sparse": dict(encoder_dtype="float32"),
          "bfloat16 nominates": dict(encoder_dtype="bfloat16")}
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("step, latents", [(s, n) for s in STEPS for n in (40, 7) if s != "plain" or n == 40])
-def test_loss_and_gradients_are_the_papers(step, case, latents, activation, monkeypatch):
+def test_loss_and_gradients_are_the_papers(step, case, latents, rule, monkeypatch):
     chunks(monkeypatch, 16, latents)
     monkeypatch.setattr(bt, "AUX_SHARE", 1.0)
-    sae = random_sae(config(aux_k=5, beta1=0.0, activation=activation, **STEPS[step]))
-    x, penalty = CASES[case](sae, randn(16, 12, seed=1)), PENALTY if activation == "jumprelu" else None
+    sae = random_sae(config(aux_k=5, beta1=0.0, **RULES[rule], **STEPS[step]))
+    x, penalty = CASES[case](sae, randn(16, 12, seed=1)), PENALTY if rule == "jumprelu" else None
     dead = list(range(0, 40, 3)) if "dead" in case else []
     mse, aux, f, expected = oracle(sae, x, dead, penalty)
     stats, found = gradients(sae, x, penalty)
@@ -289,7 +291,9 @@ def test_loss_and_gradients_are_the_papers(step, case, latents, activation, monk
         return t[:20] + t[20:] if case == "ties" and len(t) == 40 else t
     assert stats.mse == pytest.approx(mse, rel=1e-5) and stats.aux == pytest.approx(aux, rel=1e-5)
     assert stats.l0 * len(x) == pytest.approx(int((f > 0).sum())), "number of entries kept"
-    assert not f.any() or stats.threshold == pytest.approx(float(f[f > 0].min()), rel=1e-5)
+    groups = f if rule.startswith("topk") else f.view(1, -1)
+    least = [float(group[group > 0].min()) for group in groups if group.any()]
+    assert not least or stats.threshold == pytest.approx(sum(least) / len(least), rel=1e-5)
     assert stats.dead == sum(not f[:, j].any() for j in dead), "number of latents still dead"
     assert torch.equal(fold(sae.tokens_since_fired == 0), fold((f > 0).any(0))), "those that fired"
     for name, tensor in expected.items():
