@@ -736,24 +736,28 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
 
     When more than twice what is wanted is held, only the n largest stay, and the smallest of these becomes
     the threshold that later ones must exceed. So one pass is exact if `hint` is not above the true threshold.
-    With per_row all this is done for each row, from 0.
+    With per_row all this is done for each row, which begins with the n-th largest of the first latents.
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
     most = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in a chunk
     columns, scratch = centred.to(dtype).T, torch.empty(most, n_rows, dtype=dtype, device=centred.device)
     thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
-    row_thresholds = centred.new_zeros(n_rows, dtype=torch.float32) if per_row else None
+    row_thresholds = None
     index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
     wanted = n * n_rows if per_row else n
     start, size = 0, most
-    if n is not None and not hint:  # half of all exceed 0: begin with few, so that the threshold rises first
-        size = min(most, 1 + 2 * wanted // n_rows)
+    if n is not None and not (hint or per_row):  # half of all exceed 0: begin with few, so that it rises first
+        size = min(most, 1 + 2 * n // n_rows)
     while start < n_latents:
         part = slice(start, min(start + size, n_latents))
-        new = chunk_entries(sae, part, centred, columns, thresholds, row_thresholds, scratch)
+        W = sae.W_enc[part].to(dtype)
+        z = torch.mm(W, columns, out=scratch[: len(W)])
+        if per_row and not start:
+            row_thresholds = row_level(z[: 16 * n], sae.b_enc[: 16 * n].float(), n)
+        new = chunk_entries(sae, part, centred, z, thresholds, row_thresholds)
         index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
         last = part.stop == n_latents
-        if n is not None and (last or len(value) > 2 * wanted):
+        if n is not None and (last or len(value) > (1.5 if per_row else 2) * wanted):
             if per_row:
                 best, row_thresholds = largest_of_rows(index % n_rows, value, n, row_thresholds)
             else:
@@ -763,14 +767,30 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
         start, size = part.stop, min(2 * size, most)
     return index, value
 
+def row_level(z, b, n):
+    """A threshold for each row [B] that at least n entries exceed, of which z [r, B] + b are some; or 0."""
+    if len(z) < n:
+        return torch.zeros_like(z[0], dtype=torch.float32)
+    least = torch.add(z, z.abs(), alpha=-BFLOAT16_ERROR) if z.dtype == torch.bfloat16 else z
+    least = (least + b[: len(z), None]).T.contiguous()
+    nth = least.gather(1, largest_in_rows(least, n)).amin(1)
+    return 0.999 * nth.clamp_min(0).nan_to_num()  # float32 rounds, too
+
+def largest_in_rows(t, n):
+    """[B, n]: where in t [B, width] the n largest of each row are, in any order."""
+    if t.device.type == "cpu":  # NumPy's is faster
+        return torch.from_numpy(t.numpy().argpartition(-n, axis=1)[:, -n:])
+    return t.topk(n, sorted=False).indices
+
 def largest_of_rows(row, value, n, thresholds):
     """Which entries are among the n largest of their row, ascending, and each row's n-th largest, or its
     threshold [B] where it has fewer."""
-    width = max(n, int(row.bincount(minlength=1).max()))
-    place = row_places(row, len(thresholds), width)
-    values, best = functional.pad(value, [0, 1], value=-math.inf)[place].topk(n, sorted=False)
-    best = place.gather(1, best).flatten().sort().values
-    return best[best < len(row)], torch.fmax(thresholds, values.amin(1))
+    place = row_places(row, len(thresholds), max(n, int(row.bincount(minlength=1).max())))
+    values = functional.pad(value, [0, 1], value=-math.inf)[place]
+    best = largest_in_rows(values, n)
+    is_best = torch.zeros(len(row) + 1, dtype=torch.bool, device=row.device)
+    is_best[place.gather(1, best)] = True
+    return is_best[:-1].nonzero().squeeze(1), torch.fmax(thresholds, values.gather(1, best).amin(1))
 
 def row_places(row, n_rows: int, width: int):
     """[n_rows, width]: at which places of `row` [m] each number stands, the first `width`; m for none."""
@@ -779,13 +799,12 @@ def row_places(row, n_rows: int, width: int):
     place = starts[:-1, None] + torch.arange(width, device=row.device)
     return functional.pad(order, [0, 1], value=m)[place.where(place < starts[1:, None], m)]
 
-def chunk_entries(sae, part, centred, columns, thresholds, row_thresholds, scratch):
-    """The entries of some latents above their thresholds [F], or their rows' [B]: index (latent · B + row)
-    and value, ascending. A NaN counts as above, so that it is seen."""
+def chunk_entries(sae, part, centred, z, thresholds, row_thresholds):
+    """The entries of a part of the latents above their thresholds [F], or their rows' [B], from the product
+    z [r, B]: index (latent · B + row) and value, ascending. A NaN counts as above, so that it is seen."""
     W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
-    z = torch.mm(W.to(columns.dtype), columns, out=scratch[: len(W)])
     if row_thresholds is not None:
-        z.sub_(product_threshold(row_thresholds, 0.0, z.dtype))
+        z.sub_(product_threshold(row_thresholds, 0.0, z.dtype).to(z.dtype))
     found = flat_above(z, product_threshold(least, b, z.dtype))
     latent, row = found // n_rows, found % n_rows
     if z.dtype == torch.float32:
@@ -1037,7 +1056,7 @@ def levels_kernel(counts, z, b, lowest, share, n, B, L: tl.constexpr, BLOCK: tl.
 
 LEVELS = 96  # for each row, 8 between a number and its double: 12 octaves, from 1/256 of the hint to 16 times it
 
-def row_level(counts, z, b, lowest, n):
+def raise_row_level_(counts, z, b, lowest, n):
     """A threshold for each row [B] that n or more of its entries exceed, those in counts [LEVELS, B] and in
     z [r, B] + b; the lowest where there are fewer. It is at most 13 % below the n-th largest."""
     share = BFLOAT16_ERROR if z.dtype == torch.bfloat16 else 0.0
@@ -1086,7 +1105,7 @@ def try_largest(sae, centred, hint, n, dtype, per_row=False):
     for first in range(0, len(least), size):
         z = torch.mm(sae.W_enc[first : first + size].to(dtype), columns)
         if per_row:
-            level = row_level(counts, z, b_enc[first : first + size], lowest, n)
+            level = raise_row_level_(counts, z, b_enc[first : first + size], lowest, n)
             row_least = product_threshold(level, 0.0, dtype)
         found = collect(z, least[first:], entries, found, first, row_least)
         del z  # before the next is made

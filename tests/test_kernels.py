@@ -101,10 +101,10 @@ def test_a_rows_level_is_its_nth_largest_rounded_down():
     for n in (1, 5, 12):
         counts.zero_()
         for part in (slice(0, 20), slice(20, 50)):  # the second adds to what the first found
-            level = bt.row_level(counts, z[part], b[part], lowest, n)
+            level = bt.raise_row_level_(counts, z[part], b[part], lowest, n)
             exact = (z[: part.stop].float() + b[: part.stop, None]).topk(n, dim=0).values[-1].clamp_min(lowest)
             assert ((level <= exact) & (level >= 0.84 * exact)).all()
-    assert (bt.row_level(counts.zero_(), z, b, lowest, 51) == 0.999 * lowest).all(), "of too few the lowest"
+    assert (bt.raise_row_level_(counts.zero_(), z, b, lowest, 51) == 0.999 * lowest).all(), "of too few the lowest"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_try_largest_is_the_exact_search_or_says_that_it_failed(dtype, monkeypatch):
