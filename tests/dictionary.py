@@ -58,8 +58,10 @@ class World:
             share = self.rate[first:last].view(-1, children) / self.rate[before:first, None]
             given[first:last] = (share * (1 + share.sum(1, keepdim=True) - share)).clamp(max=1).flatten()
         self.bar = math.sqrt(2) * torch.erfinv(1 - 2 * given)
-        self.factor = correlation * torch.randn(n_features, rank, generator=generator)
-        self.own = (1 - self.factor.square().sum(1)).sqrt()
+        factor = correlation * torch.randn(n_features, rank, generator=generator)
+        shared = factor.square().sum(1)
+        self.factor = factor * (shared.clamp(max=0.99) / shared).sqrt()[:, None]
+        self.own = (1 - shared.clamp(max=0.99)).sqrt()  # deviation of what each feature has for itself
 
     def tree_levels(self):
         """For each level below the roots: where the level before it starts, where it does, where it ends."""
@@ -95,10 +97,10 @@ class World:
 
 # ---- Measures ------------------------------------------------
 
-HELD_OUT = 1_000_000  # the seed of the first held-out batch
+HELD_OUT = range(1_000_000, 1_000_025)  # seeds of the held-out batches
 
 @torch.no_grad()
-def measure(sae, world, n_batches=25, n=4096):
+def measure(sae, world, seeds=None, n=4096):
     """How well an SAE's latents are the world's features. Definitions are those of sae_lens.synthetic.
 
     mcc         mean |cosine| of decoder rows and directions, matched one to one so that it is largest
@@ -112,7 +114,8 @@ def measure(sae, world, n_batches=25, n=4096):
     matched = cosine.abs()[match(cosine.abs())]
     nearest, count = cosine.abs().argmax(0), torch.zeros(3, len(sae.W_dec), dtype=torch.int64)
     error, square, total = 0.0, 0.0, 0.0
-    for seed in range(HELD_OUT, HELD_OUT + n_batches):
+    seeds = seeds or HELD_OUT
+    for seed in seeds:
         x, active = world.sample(n, seed)
         f = sae.encode(x)
         fires, present = f != 0, active[:, nearest]
@@ -120,10 +123,10 @@ def measure(sae, world, n_batches=25, n=4096):
         error += float((x - sae.decode(f)).double().square().sum())
         square, total = square + float(x.double().square().sum()), total + x.double().sum(0)
     both, fired, present = count
-    variance = square - float(total.square().sum()) / (n * n_batches)
+    variance = square - float(total.square().sum()) / (n * len(seeds))
     return {"mcc": float(matched.mean()), "f1": float((2 * both / (fired + present).clamp(min=1)).mean()),
             "unique": len(nearest.unique()) / len(nearest), "found": int((cosine.amax(1) > 0.95).sum()),
-            "fvu": error / variance, "l0": int(fired.sum()) / (n * n_batches),
+            "fvu": error / variance, "l0": int(fired.sum()) / (n * len(seeds)),
             "dead": int((fired == 0).sum())}
 
 MATCHING = "optimal matching" if importlib.util.find_spec("scipy") else "greedy matching, for want of scipy"
@@ -235,7 +238,7 @@ class PeerWorld(World):
         """What sae-lens says of an SAE: ours has the names it needs."""
         from sae_lens.synthetic import eval_sae_on_synthetic_data
         with torch.random.fork_rng():
-            torch.manual_seed(HELD_OUT)
+            torch.manual_seed(HELD_OUT[0])
             found = eval_sae_on_synthetic_data(sae, self.model.feature_dict, self.model.activation_generator,
                                                num_samples=102_400, batch_size=4096)
         return {"mcc": found.mcc, "f1": found.classification.f1_score, "unique": found.uniqueness,
