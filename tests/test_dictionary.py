@@ -72,7 +72,8 @@ def test_correlations_make_features_active_together_or_apart():
 def test_true_directions_measure_as_perfect_and_random_ones_do_not():
     world = dictionary.World(**SPREAD)
     true = measure(latents(world.directions.flip(0), world.offset), world, HELD_OUT[:2])
-    assert true["mcc"] == pytest.approx(1) and true["found"] == 40 and true["unique"] == 1 and true["dead"] == 0
+    assert true["mcc"] == pytest.approx(1) and true["found"] == 40
+    assert true["unique"] == 1 and true["dead"] == 0
     assert true["f1"] > 0.97 and true["fvu"] < 0.05
     random = dictionary.World(**SPREAD, seed=9).directions
     wrong = measure(latents(random, world.offset), world, HELD_OUT[:2])
@@ -164,7 +165,7 @@ print(json.dumps([dictionary.measure(sae, world), world.measure(sae),
 """
 
 @pytest.mark.slow
-@pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON is to be a python with sae-lens 6.54")
+@pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON: a python that has sae-lens")
 def test_sae_lens_measures_the_same_and_draws_the_same_world():
     command = [os.environ["PEERS_PYTHON"], "-W", "ignore", "-c", COMPARE, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -172,7 +173,7 @@ def test_sae_lens_measures_the_same_and_draws_the_same_world():
     ours, theirs, their_world, our_world = json.loads(done.stdout.splitlines()[-1])
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=0.01), name  # the tokens are others
-    assert our_world == pytest.approx(their_world, rel=0.02)
+    assert our_world == pytest.approx(their_world, rel=0.03)
 
 # Real tasks
 
@@ -188,7 +189,7 @@ def compressed(path, rows):
 
 @pytest.fixture(scope="module")
 def task_data(tmp_path_factory):
-    """Data sets in the form of sae-probes': what the last token is, nothing at all, and sets that do not fit."""
+    """Sets in the form of sae-probes': what the last token is, nothing at all, and some that do not fit."""
     folder, about = tmp_path_factory.mktemp("tasks") / "data", []
     sets = {
         "1_bracket": [(f"x{i} = f(a" + ")" * (i % 2), "yes" if i % 2 else "no") for i in range(80)],
@@ -210,7 +211,8 @@ def test_tasks_are_scored_from_their_last_tokens_and_read_once(task_data, lm, tm
     sae = bt.SAE(cfg)
     sae.theta.fill_(1e-3)
     sae.save(tmp_path / "run")
-    arguments = ["--real", str(tmp_path / "run"), "--data", str(task_data), "--cache", str(tmp_path / "cache")]
+    folders = tmp_path / "run", task_data, tmp_path / "cache"
+    arguments = [word for pair in zip(("--real", "--data", "--cache"), map(str, folders)) for word in pair]
     dictionary.main([*arguments, "--json"])
     [tasks] = json.loads(capsys.readouterr().out).values()
     assert list(tasks) == ["1_bracket", "2_nothing"], "the others do not fit"
@@ -224,7 +226,8 @@ def test_padding_does_not_reach_the_last_token(lm):
     texts = [lm.tokenizer(text)["input_ids"] for text in ("import os", "x", "def f(a, b):\n    return a + b")]
     x = dictionary.last_activations(lm, texts, [0])
     for text, one in zip(texts, x):
-        torch.testing.assert_close(lm.activations(torch.tensor([[0, *text]]))[0, -1], one, atol=1e-4, rtol=1e-4)
+        alone = lm.activations(torch.tensor([[0, *text]]))[0, -1]
+        torch.testing.assert_close(one, alone, atol=1e-4, rtol=1e-4)
 
 def test_auc_is_the_share_of_pairs_in_order_and_probes_learn_from_their_half_alone():
     label = torch.tensor([True, True, False, False])
@@ -233,7 +236,8 @@ def test_auc_is_the_share_of_pairs_in_order_and_probes_learn_from_their_half_alo
     train = dictionary.halves(label, 0)
     for c in (label, ~label):
         assert int((train & c).sum()) == int(c.sum()) // 2
-    assert torch.equal(train, dictionary.halves(label, 0)) and not torch.equal(train, dictionary.halves(label, 1))
+    assert torch.equal(train, dictionary.halves(label, 0))
+    assert not torch.equal(train, dictionary.halves(label, 1))
     x = torch.randn(300, 5, generator=torch.Generator().manual_seed(1))
     x[:, 2] += 4 * label
     assert dictionary.probe(x, label, train, 1e-3) > 0.98
