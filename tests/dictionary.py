@@ -13,6 +13,7 @@ The error says nothing of this: merged directions can reconstruct well. Results 
 import argparse
 import csv
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -303,20 +304,21 @@ def last_activations(lm, ids, begin, longest=128, size=25):
     return x
 
 def load_tasks(cfg, data, cache, wanted):
-    """Tasks with what a run's language model makes of them, computed once for a model and a site."""
-    site = cfg.module or f"{cfg.site}-{cfg.layer}"
-    path = cache / f"{Path(cfg.model).name}-{site}-{wanted or 'all'}.pt"
+    """Tasks with what a run's language model makes of them, computed once for a site, and where they lie."""
+    about = cfg.model, cfg.layer, cfg.site, cfg.module, cfg.model_dtype, cfg.prepend_bos, wanted, N_EXAMPLES
+    path = cache / f"{Path(cfg.model).name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:12]}.pt"
     if not path.is_file():
-        lm = bt.LanguageModel.from_config(cfg)
+        lm, part = bt.LanguageModel.from_config(cfg), path.with_suffix(".part")
         begin = bt.begin_token(lm.tokenizer) if cfg.prepend_bos else []
-        tasks = []
-        for name, ids, labels in binary_sets(data, lm.tokenizer, wanted):
+        tasks = torch.load(part) if part.is_file() else []
+        cache.mkdir(parents=True, exist_ok=True)
+        for name, ids, labels in binary_sets(data, lm.tokenizer, wanted)[len(tasks) :]:
             say(f"{path.stem}: {name}")
             tasks.append((name, last_activations(lm, ids, begin), torch.tensor(labels)))
+            torch.save(tasks, part)
+        part.rename(path)
         say("")
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(tasks, path)
-    return [Task(*task) for task in torch.load(path)]
+    return path, [Task(*task) for task in torch.load(path)]
 
 def halves(label, seed):
     """Which examples [n] are for training: half of each class."""
@@ -366,15 +368,15 @@ def real(runs, data, cache, wanted, seed=0, **changes):
     results, dense = {}, {}
     for run in runs:
         cfg = dataclasses.replace(bt.RunConfig.load(run), device="auto", **changes)
-        sae, tasks = bt.SAE.load(run), load_tasks(cfg, data, cache, wanted)
+        sae, (path, tasks) = bt.SAE.load(run), load_tasks(cfg, data, cache, wanted)
         bt.check(tasks[0].x.shape[1] == cfg.d_model, f"{run} is not for activations of this model")
         for task in tasks:
             say(f"{run}: {task.name}")
             train = halves(task.label, seed)
-            if (key := (cfg.model, cfg.layer, cfg.site, cfg.module, task.name)) not in dense:
-                dense[key] = probe(task.x, task.label, train, DENSE_PENALTY)
+            if (path, task.name) not in dense:
+                dense[path, task.name] = probe(task.x, task.label, train, DENSE_PENALTY)
             found = {str(n): probe_latents(sae, task, train, n) for n in (1, 5)}
-            results.setdefault(str(run), {})[task.name] = found | {"dense": dense[key]}
+            results.setdefault(str(run), {})[task.name] = found | {"dense": dense[path, task.name]}
     say("")
     return results
 

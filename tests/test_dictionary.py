@@ -43,7 +43,7 @@ def test_tokens_are_the_offset_and_the_active_directions():
     assert world.offset.norm() == pytest.approx(5)
     assert not active.any(1).all() and (x[~active.any(1)] == world.offset).all()
     sizes = torch.linalg.lstsq(world.directions.T, (x - world.offset).T).solution.T
-    assert sizes[~active].abs().max() < 1e-4, "nothing but the active directions"
+    assert sizes[~active].abs().max() < 1e-4 < sizes[active].min(), "the active directions and no others"
     assert sizes[active].mean() == pytest.approx(2, abs=0.05)
     assert sizes[active].std() == pytest.approx(0.5, abs=0.05)
 
@@ -127,6 +127,12 @@ def test_the_default_finds_directions_that_batchtopk_alone_does_not(planted, see
 def test_nearly_all_planted_directions_are_found_with_every_seed(planted, seed):
     sae = dictionary.train(planted, dictionary.WORLDS["planted"][1], seed)
     assert measure(sae, planted)["found"] >= 94
+
+@pytest.mark.slow
+def test_latents_of_the_large_world_are_right():
+    """Measured with seed 0: MCC 0.805, F1 0.728, FVU 0.068; BatchTopK alone 0.626, 0.469, 0.118."""
+    found = measure(dictionary.train(dictionary.World(), dictionary.WORLDS["large"][1], 0), dictionary.World())
+    assert found["mcc"] >= 0.77 and found["f1"] >= 0.70 and found["fvu"] <= 0.075, found
 
 def test_the_table_has_every_method_and_every_seed(monkeypatch, capsys):
     sizes = dict(n_features=24, d_model=8, trees=1, depth=1, least=0.02), dict(n_latents=24, k=2, tokens=2000)
