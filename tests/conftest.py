@@ -49,11 +49,15 @@ class Planted:
         self.directions = torch.nn.functional.normalize(directions, dim=1)
         self.active, self.mean = active, torch.randn(d_model, generator=generator)
 
-    def batch(self, n, seed):
+    def sample(self, n, seed):
+        """x [n, D], and which directions are active in it, bool [n, directions]."""
         generator = torch.Generator().manual_seed(1000 + seed)
         chosen = torch.rand(n, len(self.directions), generator=generator) < self.active / len(self.directions)
         size = 1 + torch.rand(n, len(self.directions), generator=generator)
-        return (chosen * size) @ self.directions + self.mean
+        return (chosen * size) @ self.directions + self.mean, chosen
+
+    def batch(self, n, seed):
+        return self.sample(n, seed)[0]
 
     def stream(self, n):
         """Batches of n without end."""
