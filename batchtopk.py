@@ -306,6 +306,7 @@ class Trainer:
     biases have the unit of x, so their learning rate is multiplied by x_std, its deviation per coordinate.
     """
 
+    @torch.inference_mode(False)  # what is made in it could not be changed by steps
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = make_sae(cfg, self.device)
@@ -555,7 +556,6 @@ def active_entries(sae: SAE, x: Tensor, selection: str = "theta") -> tuple[Tenso
 
 SAE.encode_sparse = active_entries
 
-@torch.inference_mode(False)
 def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of a parameter the mean, the mean square and the number of its gradients: zeros at first.
 

@@ -84,7 +84,8 @@ Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.
 Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
 Preset = choice(bt.PRESETS, "what to train on; it sets what is marked tiny")
 RECIPE = "how to train; it sets what is marked ours"
-Run = Annotated[Path, Argument(help="Folder that `train` wrote, e.g. runs/tiny.", show_default=False)]
+Run = Annotated[Path, Argument(help="Folder that `train` or `sae.save` wrote, e.g. runs/tiny.",
+                               show_default=False)]
 
 def config_options(command, lists=(), sets=SETS):
     """Replace a command's **options by an option per field of RunConfig; those in `lists` arrive as text."""
