@@ -284,12 +284,14 @@ class Trainer:
     biases have the unit of x, so their learning rate is multiplied by x_std, its deviation per coordinate.
     """
 
+    @torch.inference_mode(False)  # what is made in it could not be changed by steps
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = make_sae(cfg, self.device)
         self.tokens_seen, self.steps = 0, 0
         self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
+        self.n_fired = torch.zeros_like(self.sae.tokens_since_fired)  # on how many tokens, of all seen
         self.adam = {s: adam_state(p.data) for s, p in self.sae.named_parameters()}  # mean, square, count
 
     @torch.no_grad()
@@ -367,6 +369,7 @@ def plain_step(trainer: Trainer, x: Tensor) -> tuple:
     sae.zero_grad()
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
+    trainer.n_fired += active.sum(0)
     l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
     return total.item(), mse.item(), aux.item(), l0, dead, smallest(f.detach()[active])
 
@@ -502,7 +505,6 @@ def active_entries(sae: SAE, x: Tensor, selection: str = "theta") -> tuple[Tenso
 
 SAE.encode_sparse = active_entries
 
-@torch.inference_mode(False)
 def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of a parameter the mean, the mean square and the number of its gradients: zeros at first.
 
@@ -642,6 +644,7 @@ def update_(trainer, new: Gradients, lr):
         else:
             trainer.adam_(name, g, *state)
     trainer.sae.tokens_since_fired.copy_(new.silent)
+    trainer.n_fired += new.starts.diff()
 
 @functools.singledispatch
 def step_entries(sae, centred, hint, dtype) -> StepEntries:
@@ -1197,7 +1200,8 @@ def find_recording(trainer, x, hint, n_dead) -> RecordedStep | None:
     fits = x.is_cuda and sae.config.activation == "batchtopk" and x.shape[1] <= WIDEST and can_try(x, hint)
     if not fits:
         return None
-    tensors = tuple(t.data_ptr() for t in itertools.chain(sae.parameters(), sae.buffers(), adam))
+    tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])
+    tensors = tuple(t.data_ptr() for t in tensors)
     bound, kind = (trainer.cfg, trainer.x_std, tensors), (x.shape, x.dtype, n_dead)
     if trainer not in recordings or recordings[trainer][0] != bound:
         recordings[trainer] = bound, {}

@@ -83,7 +83,8 @@ Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.
 Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
 Preset = choice(bt.PRESETS, "what to train on; it sets what is marked tiny")
 RECIPE = "how to train; it sets what is marked ours"
-Run = Annotated[Path, Argument(help="Folder that `train` wrote, e.g. runs/tiny.", show_default=False)]
+Run = Annotated[Path, Argument(help="Folder that `train` or `sae.save` wrote, e.g. runs/tiny.",
+                               show_default=False)]
 
 def config_options(command, lists=(), sets=SETS):
     """Replace a command's **options by an option per field of RunConfig; those in `lists` arrive as text."""
@@ -477,7 +478,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         largest batches with the tokens seen and a list of each SAE's StepStats; if it returns True, the run
         is saved and ends in a KeyboardInterrupt; on_context, for evaluate_runs.
     Returns: evaluate_runs' results, and of each "step_seconds", "dead" (share of latents at the end) and
-        "rare" (that fired in fewer steps than one in RARE tokens, of the last COUNTED tokens).
+        "rare" (that fired on fewer than one in RARE of the last tokens: all but those before uncounted).
     Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
         or a run that is finished; OSError for a file that cannot be written.
     """
@@ -511,7 +512,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
         results = evaluate_runs(saes, lm, (evaluation_ids, evaluation), on_context)
         for (name, trainer), result in zip(trainers.items(), results):
-            few = trainer.n_fired < min(COUNTED, cfg.tokens) / RARE
+            few = trainer.n_fired < (cfg.tokens - uncounted(trainer.cfg)) / RARE
             dead, rare = (bt.processes.total(int(which.sum())) / trainer.cfg.n_latents
                           for which in (trainer.sae.is_dead(), few))
             result |= {"step_seconds": seconds[name], "dead": dead, "rare": rare}
@@ -523,14 +524,23 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
 
 COUNTED, RARE = 1_000_000, 100_000  # tokens
 
+def uncounted(cfg):
+    """After how many tokens counting for "rare" begins: the last COUNTED are counted, in whole batches."""
+    return max(0, cfg.tokens - COUNTED) // cfg.batch_size * cfg.batch_size
+
+def clock(device):
+    """The time in seconds, read when a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
 def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
     """The training of train_runs, from its start or its last saved state; it ends with a saved state."""
-    for trainer in trainers.values():
-        trainer.n_fired = torch.zeros_like(trainer.sae.tokens_since_fired)  # steps; saved with the rest
     tokens, at, records = load_state_(folder, trainers, seconds)
     for name, trainer in trainers.items():
         write(folder / name / "config.json", bt.config_json(trainer.cfg))
     saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
+    now = functools.partial(clock, lm.device) if len(trainers) > 1 else time.perf_counter  # waits take time
     with contextlib.closing(bt.activation_batches(cfg, lm, at)) as batches:
         while tokens < cfg.tokens:
             try:
@@ -541,13 +551,13 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
                 raise
             x, stats = x.float(), []
             for name, trainer in trainers.items():
-                started = time.perf_counter()
+                started = now()
                 for part in x.split(trainer.cfg.batch_size):
                     last = trainer.step(part)
-                    if trainer.tokens_seen > cfg.tokens - COUNTED:
-                        trainer.n_fired += trainer.sae.tokens_since_fired == 0
+                    if trainer.tokens_seen <= uncounted(trainer.cfg):
+                        trainer.n_fired.zero_()
                 stats.append(last)
-                seconds[name] += time.perf_counter() - started
+                seconds[name] += now() - started
             before, tokens, at = tokens, tokens + len(x), after
             if passed(cfg.tokens / 100, before, tokens):
                 tenth = passed(cfg.tokens / 10, before, tokens)

@@ -102,7 +102,8 @@ def test_export_without_the_model_compares_on_made_up_activations_of_its_size(ru
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run, tmp_path, monkeypatch):
+def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run, planted_sae, tmp_path,
+                                                                            monkeypatch):
     """Bug here once: on the embedded model, silently where the widths agree; `--resume` trained it anew."""
     sae = bt.SAE.load(run[0])
     own = {field.name: getattr(sae.config, field.name) for field in dataclasses.fields(bt.Config)}
@@ -128,6 +129,8 @@ def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run,
     assert "the text is stdlib" in named.stderr
     assert 0 < json.loads(named.stdout)["theta"]["fvu"] < 1
     assert len(json.loads(invoke("latents", mine, *site, "--count", 1).stdout)["latents"]) == 1
+    planted_sae.save(tmp_path / "narrow")
+    assert "width 48; those of 'tiny-gpt2' have 256" in invoke("eval", tmp_path / "narrow", *site).stderr
 
 def test_a_model_layer_or_site_given_replaces_the_runs_own(run, tmp_path):
     config, seen = bt.RunConfig.load(run[0]), []

@@ -314,6 +314,17 @@ def test_counters_say_how_many_tokens_a_latent_was_silent():
     silent = trainer.sae.tokens_since_fired
     assert (silent[::2] == 48).all() and (silent[1::2] < 48).all()
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("step", STEPS)
+def test_counters_say_on_how_many_tokens_a_latent_fired(step, activation):
+    trainer, expected = bt.Trainer(config(activation=activation, **STEPS[step])), 0
+    for x in (randn(16, 12, seed=1), randn(5, 12, seed=2)):
+        if not trainer.steps:
+            trainer.initialize_(x)
+        expected += (bt.loss(trainer.sae, trainer.sae.as_rows(x))[3] > 0).sum(0)
+        trainer.step(x)
+        assert torch.equal(trainer.n_fired, expected) and expected.any()
+
 # θ
 
 def test_the_running_theta_is_the_bias_corrected_average():
