@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import fmean as mean, stdev
 from typing import Annotated, Literal, get_type_hints
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin wait long for a busy core; read by:
 import torch
 import typer
 from filelock import FileLock

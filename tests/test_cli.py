@@ -40,6 +40,23 @@ def spawn(*arguments, **settings):
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
+WAITING = """
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise SystemExit(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Finder())
+runpy.run_path("cli.py", run_name="__main__")
+"""
+
+@pytest.mark.parametrize("given, policy", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_do_not_spin_while_they_wait_unless_the_user_says_so(given, policy):
+    """torch reads it as it is imported. Bug here once: beside one busy core a run took 3 times as long."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    found = subprocess.run([sys.executable, "-c", WAITING], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    assert found.stderr.decode().strip() == policy
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small finished run: (folder, what `train --json` printed)."""
