@@ -341,7 +341,7 @@ def read_evaluation(run):
     path = run / "evaluation.json"
     with bt.explained(f"{str(path)!r} is damaged or of another version; `eval` measures the run again"):
         result = json.loads(path.read_text())
-        sum(result[name] for name in NUMBERS)
+        sum(result[name] for name in NUMBERS) + result.get("agreement", 0)
         sum(result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS)
         l0_quantiles(result["theta"]["l0_histogram"])
         return result | {"run": str(run)}  # all is there, and numbers
@@ -478,8 +478,8 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
     Args: configs, {name: RunConfig}, which may differ in the fields of OWN; on_step, called after each of the
         largest batches with the tokens seen and a list of each SAE's StepStats; if it returns True, the run
         is saved and ends in a KeyboardInterrupt; on_context, for evaluate_runs.
-    Returns: evaluate_runs' results, and of each "step_seconds", "dead" (share of latents at the end) and
-        "rare" (that fired on fewer than one in RARE of the last tokens: all but those before uncounted).
+    Returns: evaluate_runs' results, and of each "step_seconds", "dead" (share of latents at the end), "rare"
+        (see is_rare) and, if there are others that differ in their seed alone, "agreement" with them.
     Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
         or a run that is finished; OSError for a file that cannot be written.
     """
@@ -512,11 +512,13 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
             trainer.sae.save(folder / name)
         saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
         results = evaluate_runs(saes, lm, (evaluation_ids, evaluation), on_context)
+        agreements = seeds_agreement(trainers)
         for (name, trainer), result in zip(trainers.items(), results):
-            few = trainer.n_fired < (cfg.tokens - uncounted(trainer.cfg)) / RARE
             dead, rare = (bt.processes.total(int(which.sum())) / trainer.cfg.n_latents
-                          for which in (trainer.sae.is_dead(), few))
+                          for which in (trainer.sae.is_dead(), is_rare(trainer)))
             result |= {"step_seconds": seconds[name], "dead": dead, "rare": rare}
+            if name in agreements:
+                result["agreement"] = agreements[name]
             write(folder / name / "evaluation.json", json.dumps(result))
         if bt.processes.rank == 0:
             for state in state_files(folder):
@@ -528,6 +530,43 @@ COUNTED, RARE = 1_000_000, 100_000  # tokens
 def uncounted(cfg):
     """After how many tokens counting for "rare" begins: the last COUNTED are counted, in whole batches."""
     return max(0, cfg.tokens - COUNTED) // cfg.batch_size * cfg.batch_size
+
+def is_rare(trainer):
+    """Which latents [F] fired on fewer than one in RARE of the tokens that are counted."""
+    return trainer.n_fired < (trainer.cfg.tokens - uncounted(trainer.cfg)) / RARE
+
+SAME, COSINES = 0.9, 1 << 24  # the cosine that two latents must exceed; how many are held at a time
+
+def seeds_agreement(trainers):
+    """{name: mean agreement of all pairs of seeds}, without rare latents, for SAEs that others share all but
+    the seed with."""
+    groups, found = {}, {}
+    for name, trainer in trainers.items():
+        groups.setdefault(replace(trainer.cfg, seed=0), []).append(name)
+    for names in groups.values():
+        used = (trainers[name].sae.W_dec[~is_rare(trainers[name])] for name in names)
+        shares = [agreement(a, b) for a, b in itertools.combinations(used, 2)]
+        found |= {name: mean(shares) for name in names if shares}
+    return found
+
+@torch.no_grad()
+def agreement(a, b):
+    """Share of the latents of two dictionaries [n, D] and [m, D] (the mean of both) that both have.
+
+    Two are the same if each is the other's nearest, at a cosine above SAME.
+    """
+    if not len(a) or not len(b):
+        return 0.0
+    a, b = (torch.nn.functional.normalize(d.float(), dim=1) for d in (a, b))
+    (cosine, there), (_, back) = nearest(a, b), nearest(b, a)
+    mutual = back[there] == torch.arange(len(a), device=a.device)
+    n_same = int((mutual & (cosine > SAME)).sum())
+    return mean([n_same / len(a), n_same / len(b)])
+
+def nearest(a, b):
+    """The largest product of each row of a [n, D] with a row of b [m, D], and which row that is: [n] each."""
+    parts = [(part @ b.T).max(1) for part in a.split(max(1, COSINES // len(b)))]
+    return tuple(map(torch.cat, zip(*parts)))
 
 def clock(device):
     """The time in seconds, read when a GPU has done what it was given."""
@@ -954,27 +993,31 @@ def mean_and_spread(group, metric, selection="theta"):
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 COLUMNS = (("theta", "fvu", "{:.4f} ±{:.4f}"), ("batch", "fvu", "{:.4f}"), ("theta", "l0", "{:.2f}"),
-           ("theta", "ce_degradation", "{:.3f} ±{:.3f}"), ("batch", "ce_degradation", "{:.3f}"))
+           ("theta", "ce_degradation", "{:.3f} ±{:.3f}"))
 
 def show_comparison(names, groups):
     """A row for each setting: mean ± standard deviation over the results of its seeds."""
+    shares = {"dead": "{:.1%}", "rare": "{:.1%}"}
+    if all("agreement" in result for group in groups.values() for result in group):
+        shares["agreement"] = "{:.0%}"
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (*names, "fvu, θ", "batch", "L0", "ce, θ", "batch", "dead", "rare", "s"):
+    for name in (*names, "fvu, θ", "batch", "L0", "ce", *(name[:5] for name in shares), "s"):
         table.add_column(name, justify="left" if name in names else "right", no_wrap=True)
     for key, group in groups.items():
         cells = list(key)
         for selection, metric, form in COLUMNS:
             form = form if len(group) > 1 else form.split(" ±")[0]
             cells.append(form.format(*mean_and_spread(group, metric, selection)))
-        for name, form in (("dead", "{:.1%}"), ("rare", "{:.1%}"), ("step_seconds", "{:.0f}")):
+        for name, form in (shares | {"step_seconds": "{:.0f}"}).items():
             cells.append(form.format(mean(result[name] for result in group)))
         table.add_row(*cells)
-    out.print(table, width=max(out.width, 120), crop=False)
+    Console(width=200, quiet=RANK > 0).print(table)  # a narrow terminal wraps lines, but no number is cut
     [first, *more] = next(iter(groups.values()))
     seeds = f"Mean ± standard deviation over {len(more) + 1} seeds" if more else "One seed"
+    agree = "agree: share of the others that two seeds both have; " if "agreement" in shares else ""
     tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
-         "their norm. L0: with θ; ce: loss added, nats per token; dead: at the end; rare: fired on fewer "
-         "than one token in 100,000; s: seconds in the SAE's own steps.".format(seeds, **first))
+         "their norm. L0, ce: with θ, ce: loss added, nats per token; dead: at the end; rare: fired on fewer "
+         "than one token in 100,000; {}s: seconds in the SAE's own steps.".format(seeds, agree, **first))
 
 STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"),
           "jumprelu": ("#737373", "^", ":", "JumpReLU")}

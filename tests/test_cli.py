@@ -423,6 +423,40 @@ def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypa
     a, b = (r["theta"]["fvu"] for r in printed["results"][:2])
     assert f"batchtopk   4  {(a + b) / 2:.4f} ±{abs(a - b) / 2**0.5:.4f}" in table
     assert not any(len(line.rstrip()) > 80 for line in table.splitlines() if "±0." in line)
+    for first, second in zip(printed["results"][::2], printed["results"][1::2]):
+        saes = [bt.SAE.load(r["run"]) for r in (first, second)]
+        a, b = (sae.W_dec[sae.tokens_since_fired < 1024].detach().double() for sae in saes)  # not rare ones
+        cosines = a @ b.T
+        same = (cosines == cosines.amax(0)) & (cosines == cosines.amax(1, True)) & (cosines > 0.9)
+        share = (same.any(1).double().mean() + same.any(0).double().mean()) / 2
+        assert first["agreement"] == second["agreement"] == pytest.approx(float(share), abs=1e-6)
+        assert re.search(rf" {share:.0%}  +\d+ *$", table, re.M) and "agree" in table
+
+def test_seeds_agree_where_their_latents_are_mutual_nearest_neighbours(monkeypatch):
+    a, other = (torch.nn.functional.normalize(torch.randn(60, 32), dim=1) for _ in range(2))
+    for entries in (1 << 24, 7 * 60):  # in one chunk, in several
+        monkeypatch.setattr(cli, "COSINES", entries)
+        order = torch.randperm(60)
+        assert cli.agreement(a, a[order]) == 1, "a permuted copy"
+        assert cli.agreement(a, torch.cat([a[:15], other[15:]])[order]) == pytest.approx(0.25)
+        assert cli.agreement(a, -a) == cli.agreement(a, other) == 0, "an opposite direction is another"
+        near, far = (a + size * other for size in (0.3, 0.9))
+        assert cli.agreement(a, 5 * near) > 0.9 and cli.agreement(a, far) < 0.1, "by cosine, above 0.9"
+        assert cli.agreement(a, a[:15]) == cli.agreement(a[:15], a) == pytest.approx((1 + 0.25) / 2)
+        twice = torch.cat([a, near[:30]])  # two of these near one of those: one of them is its pair
+        assert cli.agreement(a, twice) == pytest.approx((1 + 60 / 90) / 2)
+        assert cli.agreement(a, a[:0]) == cli.agreement(a[:0], a) == 0
+
+def test_agreement_is_that_of_seeds_without_their_rare_latents():
+    cfg = bt.Config(d_model=32, n_latents=40, k=2, device="cpu")  # a million tokens: under 10 are rare
+    changes = {"a": {}, "b": {"seed": 1}, "c": {"seed": 2}, "alone": {"k": 3}}
+    trainers = {name: bt.Trainer(dataclasses.replace(cfg, **each)) for name, each in changes.items()}
+    assert set(cli.seeds_agreement(trainers).values()) == {0}, "all are rare"
+    a, b, c, _ = trainers.values()
+    b.sae.W_dec.data[:20] = a.sae.W_dec[20:]
+    for trainer, often in ((a, slice(20, 40)), (b, slice(0, 20)), (c, slice(0, 40))):
+        trainer.n_fired[:], trainer.n_fired[often] = 9, 10
+    assert cli.seeds_agreement(trainers) == dict.fromkeys("abc", 1 / 3), "1 of one pair, 0 of two"
 
 def test_an_interrupted_comparison_continues_with_the_same_command(tmp_path, monkeypatch):
     command = [*COMPARISON, "--activation", "batchtopk,topk", "--k", 8, "--seeds", 1, "--out", tmp_path]
@@ -433,6 +467,7 @@ def test_an_interrupted_comparison_continues_with_the_same_command(tmp_path, mon
     monkeypatch.undo()
     results = json.loads(invoke(*command, "--json").stdout)["results"]
     assert [r["name"] for r in results] == ["batchtopk-seed=0", "topk-seed=0"]
+    assert not any("agreement" in r for r in results) and "agree" not in invoke(*command).stdout
 
 def test_the_time_that_is_left_is_that_of_reading_and_of_steps():
     cfg = bt.RunConfig(d_model=1, n_latents=64, tokens=500_000, eval_tokens=10_000, buffer_tokens=30_000)
