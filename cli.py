@@ -639,8 +639,11 @@ def write(path, text):
         bt.write_atomically(path, text.encode())
 
 def state_text(trainers):
-    """What a saved state belongs to. It may go on on another device."""
-    return repr({name: replace(trainer.cfg, device="auto") for name, trainer in trainers.items()})
+    """What a saved state belongs to. It may go on on another device, and be of a version without some fields."""
+    text = repr({name: replace(trainer.cfg, device="auto") for name, trainer in trainers.items()})
+    for name, value in (("topk_start", 0.0), ("decoder_lr", 2)):  # what states of before them mean
+        text = text.replace(f", {name}={value}", "")
+    return text
 
 def save_state(folder, trainers, seconds, at, records):
     """Save what a resumed run needs, each process its share; older states go when this one is whole."""
