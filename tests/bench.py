@@ -398,9 +398,9 @@ def main(arguments=None):
             bt.processes.join(a.device)  # which gives each process its GPU
         if a.export and not Path(a.export).is_file():
             raise bt.Unavailable(f"there is no file {a.export!r}; give one that `cli.py export` wrote")
-        cfg = bt.Config(d_model=a.d_model, n_latents=a.n_latents, batch_size=a.batch_size, k=a.k, topk_start=0,
+        cfg = bt.Config(d_model=a.d_model, n_latents=a.n_latents, batch_size=a.batch_size, k=a.k,
                         device=str(bt.resolve_device(a.device)), encoder_dtype="float32", tokens=10**12,
-                        dead_tokens=10**12)
+                        dead_tokens=10**12, topk_start=0)
         if a.repeat < 2:
             raise bt.InputError(f"repeat is {a.repeat}; give 2 or more")
     except (bt.InputError, bt.Unavailable) as error:
