@@ -603,7 +603,8 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
-BFLOAT16_ERROR = 0.01  # bfloat16 may err by this share of a product; what is so close below is nominated, too
+# By how much bfloat16 may err: a share of the product, and of ‖x‖ / √D (rows of W_enc have norms near 1)
+BFLOAT16_ERROR, BFLOAT16_NOISE = 0.006, 0.02
 HINT = 0.95  # the search starts at this share of the last step's threshold
 
 @torch.no_grad()
@@ -762,65 +763,118 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32, per_row=False)
     return index // len(centred), index % len(centred), value
 
 def largest_entries(sae, centred, hint, n, dtype, per_row=False):
-    """The n largest entries above `hint`, or all if they are fewer or n is None: as from chunk_entries.
+    """The n largest entries above `hint`, or all if they are fewer or n is None: index (latent · B + row) and
+    value, ascending. A NaN counts as above, so that it is seen.
 
-    When more than twice what is wanted is held, only the n largest stay, and the smallest of these becomes
-    the threshold that later ones must exceed. So one pass is exact if `hint` is not above the true threshold.
-    With per_row all this is done for each row, which begins with the n-th largest of the first latents.
+    When more than twice what is wanted is held, only what can be among the n largest stays, and later entries
+    must exceed these. So one pass is exact if `hint` is not above the true threshold. With per_row all this
+    is done for each row, which begins with the n-th largest of the first latents.
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
     most = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in a chunk
-    columns, scratch = centred.to(dtype).T, torch.empty(most, n_rows, dtype=dtype, device=centred.device)
-    thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
-    row_thresholds = None
+    columns, rest, noise = split_product(sae, centred, dtype, per_row)
+    scratch = torch.empty(most, n_rows, dtype=dtype, device=centred.device)
+    hint = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
+    thresholds, row_thresholds, wanted = hint, None, n * n_rows if per_row else n
     index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
-    wanted = n * n_rows if per_row else n
     start, size = 0, most
-    if n is not None and not (hint or per_row):  # half of all exceed 0: begin with few, so that it rises first
+    if n is not None and not (per_row or hint[0]):  # half of all exceed 0: begin with few, so that it rises
         size = min(most, 1 + 2 * n // n_rows)
     while start < n_latents:
         part = slice(start, min(start + size, n_latents))
         W = sae.W_enc[part].to(dtype)
         z = torch.mm(W, columns, out=scratch[: len(W)])
         if per_row and not start:
-            row_thresholds = row_level(z[: 16 * n], sae.b_enc[: 16 * n].float(), n)
-        new = chunk_entries(sae, part, centred, z, thresholds, row_thresholds)
-        index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
+            row_thresholds = row_level(z[: 16 * n], rest, noise, n)
+        new = chunk_entries(z, rest[part], noise, thresholds[part], row_thresholds)
+        index, value = torch.cat([index, new[0] + start * n_rows]), torch.cat([value, new[1]])
         last = part.stop == n_latents
-        if n is not None and (last or len(value) > (1.5 if per_row else 2) * wanted):
-            if per_row:
-                best, row_thresholds = largest_of_rows(index % n_rows, value, n, row_thresholds)
-            else:
-                best = value.topk(min(n, len(value)), sorted=False).indices.sort().values
-                thresholds = value[best].min().expand(n_latents) if len(best) else thresholds
+        if n is not None and (last or len(value) > 2 * wanted):
+            noise_of = noise[index % n_rows] if per_row else noise
+            error = product_error(value - rest[index // n_rows], noise_of, dtype)
+            best, raised = n_largest(index % n_rows, value, error, n, row_thresholds)
             index, value = index[best], value[best]
+            thresholds, row_thresholds = (hint, raised) if per_row else (raised.expand(n_latents), None)
         start, size = part.stop, min(2 * size, most)
+    if dtype != torch.float32:  # then these are candidates, and float32 decides
+        latent, row = index // n_rows, index % n_rows
+        value = dots(sae.W_enc.float(), centred, latent, row) + sae.b_enc.float()[latent]
+        above = ~(value <= hint[latent])
+        index, value = index[above], value[above]
+        if n is not None:
+            best, _ = n_largest(index % n_rows, value, None, n, row_thresholds)
+            index, value = index[best], value[best]
     return index, value
 
-def row_level(z, b, n):
-    """A threshold for each row [B] that at least n entries exceed, of which z [r, B] + b are some; or 0."""
+def split_product(sae, centred, dtype, per_row):
+    """Z = W_enc columns + rest: columns [D, B] in this dtype, rest [F], and the noise of the product: a
+    number, or each row's [B].
+
+    The errors of bfloat16 grow with ‖x‖, even where the product is small, as where all x share a large part
+    that W_enc ignores. So the mean of the batch is left out of the product, and multiplied in float32.
+    """
+    if dtype == torch.float32:
+        return centred.T, sae.b_enc.float(), centred.new_zeros(len(centred) if per_row else ())
+    mean = centred.mean(0).nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite spoils no others
+    columns = torch.sub(centred, mean, out=torch.empty_like(centred, dtype=dtype))
+    square = columns.square().mean(1 if per_row else None, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
+    rest = torch.addmv(sae.b_enc.float(), sae.W_enc.float(), mean)
+    return columns.T, rest, BFLOAT16_NOISE * square.sqrt()
+
+def product_error(product, noise, dtype):
+    """By how much a product of this dtype may be wrong; None for float32."""
+    return None if dtype == torch.float32 else BFLOAT16_ERROR * product.abs() + noise
+
+def product_threshold(threshold, rest, noise, dtype):
+    """What a product of this dtype must exceed so that its pre-activation may exceed the threshold."""
+    least = threshold - rest
+    return least if dtype == torch.float32 else least - product_error(least, noise, dtype)
+
+def row_level(z, rest, noise, n):
+    """A threshold for each row [B] that n entries exceed, of which z [r, B] + rest are some; or 0."""
     if len(z) < n:
         return torch.zeros_like(z[0], dtype=torch.float32)
-    least = torch.add(z, z.abs(), alpha=-BFLOAT16_ERROR) if z.dtype == torch.bfloat16 else z
-    least = (least + b[: len(z), None]).T.contiguous()
-    nth = least.gather(1, largest_in_rows(least, n)).amin(1)
+    least = z if z.dtype == torch.float32 else torch.sub(z, z.abs(), alpha=BFLOAT16_ERROR)
+    least = ((least + rest[: len(z), None]) - noise).T.contiguous()
+    if least.device.type == "cpu":  # NumPy's is faster
+        least.numpy().partition(-n, axis=1)  # in place
+        nth = least[:, -n]
+    else:
+        nth = least.topk(n, sorted=False).values.amin(1)
     return 0.999 * nth.clamp_min(0).nan_to_num()  # float32 rounds, too
 
-def largest_in_rows(t, n):
-    """[B, n]: where in t [B, width] the n largest of each row are, in any order."""
-    if t.device.type == "cpu":  # NumPy's is faster
-        return torch.from_numpy(t.numpy().argpartition(-n, axis=1)[:, -n:])
-    return t.topk(n, sorted=False).indices
+def chunk_entries(z, rest, noise, thresholds, row_thresholds):
+    """The entries z + rest [r, B] that may exceed their latent's threshold [r], or their row's [B]: index and
+    value, as the product tells it."""
+    if row_thresholds is not None:
+        least, noise = product_threshold(row_thresholds, 0.0, noise, z.dtype).to(z.dtype), 0.0
+        z.sub_(least)
+    found = flat_above(z, product_threshold(thresholds, rest, noise, z.dtype))
+    value = z.view(-1)[found] + rest[found // z.shape[1]]
+    return found, value if row_thresholds is None else value + least[found % z.shape[1]]
 
-def largest_of_rows(row, value, n, thresholds):
-    """Which entries are among the n largest of their row, ascending, and each row's n-th largest, or its
-    threshold [B] where it has fewer."""
-    place = row_places(row, len(thresholds), max(n, int(row.bincount(minlength=1).max())))
-    values = functional.pad(value, [0, 1], value=-math.inf)[place]
-    best = largest_in_rows(values, n)
-    is_best = torch.zeros(len(row) + 1, dtype=torch.bool, device=row.device)
-    is_best[place.gather(1, best)] = True
-    return is_best[:-1].nonzero().squeeze(1), torch.fmax(thresholds, values.gather(1, best).amin(1))
+def n_largest(row, value, error, n, row_thresholds):
+    """Which entries can be among the n largest (of their row, if rows have thresholds), ascending, where a
+    value may be wrong by the error; and what others must exceed: the n-th largest, or each row's."""
+    low = value if error is None else value - error
+    if row_thresholds is None:
+        best = low.topk(min(n, len(low)), sorted=False).indices
+        raised = nth = low[best].nan_to_num(math.inf).min() if len(best) else low.new_zeros(())
+    else:
+        place = row_places(row, len(row_thresholds), max(n, int(row.bincount(minlength=1).max())))
+        values = functional.pad(low, [0, 1], value=-math.inf)[place]
+        if values.device.type == "cpu":  # NumPy's is faster
+            best = torch.from_numpy(values.numpy().argpartition(-n, axis=1)[:, -n:])
+        else:
+            best = values.topk(n, sorted=False).indices
+        raised = torch.fmax(row_thresholds, values.gather(1, best).amin(1))
+        best, nth = place.gather(1, best).flatten(), raised[row]
+    if error is None:
+        stays = torch.zeros(len(value) + 1, dtype=torch.bool, device=value.device)
+        stays = stays.index_fill_(0, best, True)[:-1]
+    else:
+        stays = ~(value + error < nth)
+    return stays.nonzero().squeeze(1), raised
 
 def row_places(row, n_rows: int, width: int):
     """[n_rows, width]: at which places of `row` [m] each number stands, the first `width`; m for none."""
@@ -828,29 +882,6 @@ def row_places(row, n_rows: int, width: int):
     starts = group_starts(row_sorted, n_rows)
     place = starts[:-1, None] + torch.arange(width, device=row.device)
     return functional.pad(order, [0, 1], value=m)[place.where(place < starts[1:, None], m)]
-
-def chunk_entries(sae, part, centred, z, thresholds, row_thresholds):
-    """The entries of a part of the latents above their thresholds [F], or their rows' [B], from the product
-    z [r, B]: index (latent · B + row) and value, ascending. A NaN counts as above, so that it is seen."""
-    W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
-    if row_thresholds is not None:
-        z.sub_(product_threshold(row_thresholds, 0.0, z.dtype).to(z.dtype))
-    found = flat_above(z, product_threshold(least, b, z.dtype))
-    latent, row = found // n_rows, found % n_rows
-    if z.dtype == torch.float32:
-        value = z.view(-1)[found] + b[latent]
-        value = value if row_thresholds is None else value + row_thresholds[row]
-    else:
-        value = dots(W.float(), centred, latent, row) + b[latent]
-        least = least[latent] if row_thresholds is None else row_thresholds[row]
-        above = ~(value <= least)
-        found, value = found[above], value[above]
-    return found + part.start * n_rows, value
-
-def product_threshold(threshold, b_enc, dtype):
-    """What a product of this dtype must exceed so that its pre-activation may exceed the threshold."""
-    least = threshold - b_enc
-    return least if dtype == torch.float32 else least.sub(least.abs(), alpha=BFLOAT16_ERROR)
 
 def flat_above(z, least):
     """Where z [r, B] exceeds least [r] or is NaN: flat indices, ascending. On a GPU the host waits here."""
@@ -1033,8 +1064,7 @@ def launch(kernel, grid, out, *arguments, **options):
 
 @kernel
 def is_above(z, least, row_least, l, r, B, ROWS: tl.constexpr):
-    """Whether z[l, r] exceeds least[l] (if ROWS + row_least[r]) or is NaN: ~(z <= least), since NaN > least is
-    false."""
+    """~(z[l, r] <= least[l]), with ROWS + row_least[r]: so a NaN is above, too."""
     bar = tl.load(least + l)
     if ROWS:
         bar += tl.load(row_least + r, mask=r < B, other=0.0)
@@ -1071,31 +1101,33 @@ def collect_kernel(latent, row, z, least, row_least, ends, n_before, l_first, B,
                 place += n
 
 @kernel
-def levels_kernel(counts, z, b, lowest, share, n, B, L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr):
+def levels_kernel(counts, z, rest, noise, lowest, share, n, B,
+                  L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr):
     """counts[i, r] += how many entries of row r lie between level i and the next, of all those z[l, r]
-    + b[l] - share · |z[l, r]| that exceed the lowest level. A float's upper bits are its level's number."""
+    + rest[l] - share · |z[l, r]| - noise[r] that exceed the lowest. A float's upper bits tell its level."""
     r = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(0).to(tl.int64) * L
     for l in range(first, tl.minimum(first + L, n)):
         p = tl.load(z + l * B + r, mask=r < B, other=0.0).to(tl.float32)
-        low = p + tl.load(b + l) - share * tl.abs(p)
+        low = p + tl.load(rest + l) - share * tl.abs(p) - tl.load(noise + r, mask=r < B, other=0.0)
         steps = (low.to(tl.int32, bitcast=True) - tl.load(lowest).to(tl.int32, bitcast=True)) >> 20
         at = counts + tl.minimum(steps, N - 1) * B + r
         tl.atomic_add(at, 1, mask=(r < B) & (low > tl.load(lowest)))
 
-LEVELS = 96  # for each row, 8 between a number and its double: 12 octaves, from 1/256 of the hint to 16 times it
+LEVELS = 96  # thresholds for each row, 8 to an octave, from 1/256 of the hint to 16 times the hint
 
-def raise_row_level_(counts, z, b, lowest, n):
+def raise_row_level_(counts, z, rest, noise, lowest, n):
     """A threshold for each row [B] that n or more of its entries exceed, those in counts [LEVELS, B] and in
-    z [r, B] + b; the lowest where there are fewer. It is at most 13 % below the n-th largest."""
+    z [r, B] + rest; the lowest where there are fewer. It is at most 13 % below the n-th largest."""
     share = BFLOAT16_ERROR if z.dtype == torch.bfloat16 else 0.0
     grid = triton.cdiv(len(z), 64), triton.cdiv(z.shape[1], 256)
-    launch(levels_kernel, grid, counts, z, b, lowest, share, *z.shape, L=64, BLOCK=256, N=LEVELS, num_warps=2)
+    launch(levels_kernel, grid, counts, z, rest, noise, lowest, share, *z.shape, L=64, BLOCK=256, N=LEVELS,
+           num_warps=2)
     level = (counts.flip(0).cumsum(0) >= n).sum(0, dtype=torch.int32).sub_(1).clamp_(min=0)
     return 0.999 * ((level << 20) + lowest.view(torch.int32)).view(torch.float32)  # dots rounds otherwise
 
 def collect(z, least, entries=None, n_before=None, first=0, row_least=None):
-    """Latent and row [2, m] int64 of the entries of z [r, B] that exceed least [r] (+ row_least [B]), in order.
+    """Latent and row [2, m] int64 of the entries of z [r, B] above least [r] (+ row_least [B]), in order.
 
     Without `entries` the host waits for m. Else they are written into entries [2, capacity] from place
     n_before [1] on, as far as they fit, for latents from `first` on; returns [1], how many there are by now.
@@ -1103,14 +1135,14 @@ def collect(z, least, entries=None, n_before=None, first=0, row_least=None):
     n_latents, n_rows = z.shape
     counts = torch.empty(n_latents, dtype=torch.int32, device=z.device)
     rows = row_least is not None
-    ends = launch(count_kernel, (n_latents,), counts, z, least, row_least if rows else least, n_rows, BLOCK=2048,
-                  ROWS=rows).cumsum(0)  # int64
+    bars = (least, row_least if rows else least)
+    ends = launch(count_kernel, (n_latents,), counts, z, *bars, n_rows, BLOCK=2048, ROWS=rows).cumsum(0)  # int64
     wait = entries is None
     if wait:
         entries = [torch.empty(int(ends[-1]), dtype=torch.int64, device=z.device) for _ in range(2)]
         n_before = torch.zeros_like(ends[:1])
-    launch(collect_kernel, (n_latents,), *entries, z, least, row_least if rows else least, ends, n_before, first,
-           n_rows, len(entries[0]), BLOCK=1024, ROWS=rows)
+    launch(collect_kernel, (n_latents,), *entries, z, *bars, ends, n_before, first, n_rows, len(entries[0]),
+           BLOCK=1024, ROWS=rows)
     return entries if wait else n_before + ends[-1:]
 
 def can_try(sae, centred, hint) -> bool:
@@ -1123,19 +1155,20 @@ def try_largest(sae, centred, hint, n, dtype, per_row=False):
     They are if n exceed the hint (per_row: in each row n exceed its level), and if not more were found than
     CANDIDATES times as many as are kept, which it can hold.
     """
-    n_rows, b_enc, row_least = len(centred), sae.b_enc.float(), None
+    n_rows, row_least = len(centred), None
     n_kept, size = n * n_rows if per_row else n, max(1, CHUNK_ENTRIES[centred.device.type] // n_rows)
-    columns, least = centred.to(dtype).T, product_threshold(0.0 if per_row else hint, b_enc, dtype)
+    columns, rest, noise = split_product(sae, centred, dtype, per_row)
+    least = product_threshold(*((0.0, rest, 0.0) if per_row else (hint, rest, noise)), dtype)
     entries = torch.zeros(2, CANDIDATES * n_kept, dtype=torch.int64, device=centred.device)
     found = torch.zeros(1, dtype=torch.int64, device=centred.device)
     if per_row:
         counts = torch.zeros(LEVELS, n_rows, dtype=torch.int32, device=centred.device)
-        lowest = torch.zeros_like(b_enc[:1]).add_(hint / 256)
+        lowest = torch.zeros_like(rest[:1]).add_(hint / 256)
     for first in range(0, len(least), size):
         z = torch.mm(sae.W_enc[first : first + size].to(dtype), columns)
         if per_row:
-            level = raise_row_level_(counts, z, b_enc[first : first + size], lowest, n)
-            row_least = product_threshold(level, 0.0, dtype)
+            level = raise_row_level_(counts, z, rest[first : first + size], noise, lowest, n)
+            row_least = product_threshold(level, 0.0, noise, dtype)
         found = collect(z, least[first:], entries, found, first, row_least)
         del z  # before the next is made
     latent, row = entries
@@ -1328,7 +1361,8 @@ class RecordedStep:
         options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
         torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
         with torch.cuda.graph(self.before, pool, **options):
-            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, loss_scale(trainer.x_std), selection)
+            scale = loss_scale(trainer.x_std)
+            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, scale, selection)
         with torch.cuda.graph(self.after, self.before.pool(), **options):
             update_(trainer, new, self.lr)
         torch._C._cuda_clearCublasWorkspaces()
@@ -1357,7 +1391,8 @@ def find_recording(trainer, x, hint, n_dead, selection) -> RecordedStep | None:
     The first compiles the kernels, which cannot be done while recording.
     """
     sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
-    fits = x.is_cuda and sae.config.activation == "batchtopk" and x.shape[1] <= WIDEST and can_try(sae, x, hint)
+    fits = x.is_cuda and sae.config.activation != "jumprelu" and x.shape[1] <= WIDEST
+    fits = fits and can_try(sae, x, hint)
     if not fits:
         return None
     tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])

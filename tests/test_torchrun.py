@@ -71,7 +71,8 @@ def train_there(folder, environment):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return {activation: train_here(activation, tmp_path_factory.mktemp("alone")) for activation in ACTIVATIONS}
+    folder = tmp_path_factory.mktemp("alone")
+    return {activation: train_here(activation, folder) for activation in ACTIVATIONS}
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_processes_together_do_what_one_does(n, alone, tmp_path):
