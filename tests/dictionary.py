@@ -270,26 +270,27 @@ class Task(NamedTuple):
 N_EXAMPLES, MOST_TOKENS = 500, 40  # of a set; its median text has fewer
 LATENT_PENALTY, DENSE_PENALTY = 1e-3, 0.1  # of logistic regressions
 
-def table(path):
-    """The rows of a compressed .csv file as dicts."""
+def read_rows(path):
+    """The rows of a compressed .csv file, as dicts."""
     import pyarrow  # which comes with datasets
     with pyarrow.input_stream(str(path), compression="zstd") as file:
         return list(csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline="")))
 
 def binary_sets(data, tokenizer, wanted):
     """(name, token ids of each text, labels) of sets of short texts, evenly spread over those that fit."""
-    fitting = []
-    for about in table(data / "probing_datasets_MASTER.csv.zst"):
-        if about["Data type"] == "Binary Classification":
-            name = Path(about["Dataset save name"])
-            rows, rng = table(data / "cleaned_data" / f"{name.name}.zst"), random.Random(0)
-            classes = [[row["prompt"] for row in rows if row["target"] == target]
-                       for target in sorted({row["target"] for row in rows})]
-            if len(classes) == 2 and min(map(len, classes)) >= N_EXAMPLES // 2:
-                texts = [text for of_class in classes for text in rng.sample(of_class, N_EXAMPLES // 2)]
-                ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-                if statistics.median(map(len, ids)) < MOST_TOKENS:
-                    fitting.append((name.stem, ids, [i >= N_EXAMPLES // 2 for i in range(N_EXAMPLES)]))
+    path, fitting, half = data / "probing_datasets_MASTER.csv.zst", [], N_EXAMPLES // 2
+    bt.check(path.is_file(), f"{data} is not the folder `data` of sae-probes", bt.Unavailable)
+    about = read_rows(path)
+    for name in (row["Dataset save name"] for row in about if row["Data type"] == "Binary Classification"):
+        rows, rng = read_rows(data / f"{name}.zst"), random.Random(0)
+        classes = [[row["prompt"] for row in rows if row["target"] == target]
+                   for target in sorted({row["target"] for row in rows})]
+        if len(classes) == 2 and min(map(len, classes)) >= half:
+            texts = [text[-1000:] for of_class in classes for text in rng.sample(of_class, half)]
+            ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            if statistics.median(map(len, ids)) < MOST_TOKENS:
+                fitting.append((Path(name).stem, ids, half * [False] + half * [True]))
+    bt.check(fitting, f"{data} holds no sets that fit", bt.Unavailable)
     wanted = min(wanted or len(fitting), len(fitting))
     return [fitting[i * len(fitting) // wanted] for i in range(wanted)]
 
