@@ -574,11 +574,10 @@ HINT = 0.95  # the search starts at this share of the last step's threshold
 @torch.no_grad()
 def sparse_step(trainer: Trainer, x: Tensor):
     """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
-    sae, cfg, n_dead, scale = trainer.sae, trainer.cfg, count_dead(trainer), loss_scale(trainer.x_std)
+    sae, cfg, n_dead = trainer.sae, trainer.cfg, count_dead(trainer)
     for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
         recorded = find_recording(trainer, x, hint, n_dead)
-        new = (recorded.forward_backward(x, hint) if recorded
-               else forward_backward(sae, x, hint, n_dead, scale))
+        new = recorded.forward_backward(x, hint) if recorded else forward_backward(trainer, x, hint, n_dead)
         numbers = processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
         check_finite(numbers[0][0], trainer.tokens_seen)
         if numbers[0][-1]:
@@ -620,8 +619,9 @@ class Gradients(NamedTuple):
     silent: Tensor  # tokens_since_fired after this step
     numbers: Tensor  # mse, L_aux, threshold, how many latents will be dead, whether the entries are right
 
-def forward_backward(sae, x, hint, n_dead, scale) -> Gradients:
+def forward_backward(trainer, x, hint, n_dead) -> Gradients:
     """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries; n_dead: count_dead's."""
+    sae, scale = trainer.sae, loss_scale(trainer.x_std)
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
     entries = step_entries(sae, centred, hint, dtype)
     latent, row, value, right, *_ = entries
@@ -721,7 +721,11 @@ def largest_entries(sae, centred, hint, n, dtype):
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
     most = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in a chunk
-    columns, scratch = centred.to(dtype).T, torch.empty(most, n_rows, dtype=dtype, device=centred.device)
+    columns, mean = split_mean(centred, dtype)
+    if mean is not None and not mean.isfinite().all():  # of one token; it would spoil all others
+        columns, mean = split_mean(centred.nan_to_num(0.0, 0.0, 0.0), dtype)
+    usual = torch.linalg.vector_norm(columns) / columns.numel() ** 0.5
+    scratch = torch.empty(most, n_rows, dtype=dtype, device=centred.device)
     thresholds = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
     index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
     start, size = 0, most
@@ -729,35 +733,60 @@ def largest_entries(sae, centred, hint, n, dtype):
         size = min(most, 1 + 2 * n // n_rows)
     while start < n_latents:
         part = slice(start, min(start + size, n_latents))
-        new = chunk_entries(sae, part, centred, columns, thresholds, scratch)
+        new = chunk_entries(sae, part, centred, columns, mean, usual, thresholds, scratch)
         index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
         last = part.stop == n_latents
         if n is not None and len(value) > (n if last else 2 * n):
             best = value.topk(n, sorted=False).indices.sort().values
             index, value = index[best], value[best]
-            thresholds = value.min().expand(n_latents)
+            thresholds = value.nan_to_num(math.inf).min().expand(n_latents)
         start, size = part.stop, min(2 * size, most)
     return index, value
 
-def chunk_entries(sae, part, centred, columns, thresholds, scratch):
+def split_mean(centred, dtype):
+    """Columns [D, B] for the encoder's product in this dtype, and the mean [D] taken out of them, if any.
+
+    The errors of bfloat16 grow with ‖x‖, even where the product is small, as where all x share a large part
+    that W_enc ignores. So what the mean gives is computed in float32.
+    """
+    if dtype == torch.float32:
+        return centred.T, None
+    mean = centred.mean(0)
+    return (centred - mean).to(dtype).T, mean
+
+def encoder_product(sae, part, columns, mean, out=None):
+    """z [r, B] of split_mean's columns for some latents, and [r] what Z has beside it."""
+    W, rest = sae.W_enc[part].to(columns.dtype), sae.b_enc[part].float()
+    if mean is not None:
+        rest = torch.addmv(rest, sae.W_enc[part].float(), mean)  # now that these rows are in the cache
+    return torch.mm(W, columns, out=out), rest
+
+def chunk_entries(sae, part, centred, columns, mean, usual, thresholds, scratch):
     """The entries of some latents above their thresholds [F]: index (latent · B + row) and value, ascending.
     A NaN counts as above, so that it is seen."""
-    W, b, least, n_rows = sae.W_enc[part], sae.b_enc[part].float(), thresholds[part], len(centred)
-    z = torch.mm(W.to(columns.dtype), columns, out=scratch[: len(W)])
-    found = flat_above(z, product_threshold(least, b, z.dtype))
+    least, n_rows = thresholds[part], len(centred)
+    z, rest = encoder_product(sae, part, columns, mean, scratch[: part.stop - part.start])
+    found = flat_above(z, product_threshold(least, rest, z.dtype, usual))
     if z.dtype == torch.float32:
-        value = z.view(-1)[found] + b[found // n_rows]
+        value = z.view(-1)[found] + rest[found // n_rows]
     else:
         latent, row = found // n_rows, found % n_rows
-        value = dots(W.float(), centred, latent, row) + b[latent]
+        value = dots(sae.W_enc[part].float(), centred, latent, row) + sae.b_enc[part][latent]
         above = ~(value <= least[latent])
         found, value = found[above], value[above]
     return found + part.start * n_rows, value
 
-def product_threshold(threshold, b_enc, dtype):
-    """What a product of this dtype must exceed so that its pre-activation may exceed the threshold."""
-    least = threshold - b_enc
-    return least if dtype == torch.float32 else least.sub(least.abs(), alpha=BFLOAT16_ERROR)
+def product_threshold(threshold, rest, dtype, usual=None):
+    """What a product of this dtype must exceed so that its pre-activation may exceed the threshold.
+
+    usual: ‖x‖ / √D, a product's usual size (rows of W_enc have norms near 1). The errors of smaller products
+    are a share of it. Needed where thresholds rise; a hint is low enough.
+    """
+    least = threshold - rest
+    if dtype == torch.float32:
+        return least
+    size = least.abs() if usual is None else least.abs().clamp(min=usual)
+    return least.sub(size, alpha=BFLOAT16_ERROR)
 
 def flat_above(z, least):
     """Where z [r, B] exceeds least [r] or is NaN: flat indices, ascending. On a GPU the host waits here."""
@@ -998,12 +1027,12 @@ def try_largest(sae, centred, hint, n, dtype):
     They are if all exceed the hint, and not more were found than CANDIDATES · n, which it can hold.
     """
     capacity, size = CANDIDATES * n, max(1, CHUNK_ENTRIES[centred.device.type] // len(centred))
-    columns, least = centred.to(dtype).T, product_threshold(hint, sae.b_enc.float(), dtype)
+    columns, mean = split_mean(centred, dtype)
     entries = torch.zeros(2, capacity, dtype=torch.int64, device=centred.device)
     found = torch.zeros(1, dtype=torch.int64, device=centred.device)
-    for first in range(0, len(least), size):
-        z = torch.mm(sae.W_enc[first : first + size].to(dtype), columns)
-        found = collect(z, least[first:], entries, found, first)
+    for first in range(0, len(sae.b_enc), size):
+        z, rest = encoder_product(sae, slice(first, first + size), columns, mean)
+        found = collect(z, product_threshold(hint, rest, dtype), entries, found, first)
         del z  # before the next is made
     value = launch_dots(sae.W_enc, centred, *entries, found).add_(sae.b_enc[entries[0]]).relu_()
     is_best = torch.zeros_like(value, dtype=torch.bool)
@@ -1186,7 +1215,7 @@ class RecordedStep:
         options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
         torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
         with torch.cuda.graph(self.before, pool, **options):
-            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, loss_scale(trainer.x_std))
+            new = forward_backward(trainer, self.x, self.hint, n_dead)
         with torch.cuda.graph(self.after, self.before.pool(), **options):
             update_(trainer, new, self.lr)
         torch._C._cuda_clearCublasWorkspaces()

@@ -94,6 +94,16 @@ def test_try_largest_is_the_exact_search_or_says_that_it_failed(dtype, monkeypat
                 failed += factor == 0.2
     assert failed, "one of the cases should have found more than it can hold"
 
+@pytest.mark.parametrize("size", [1000, 3000])
+def test_try_largest_misses_no_entry_however_large_a_part_of_x_the_encoder_ignores(size, monkeypatch):
+    """As in test_method: the part that all x share is taken out of the product in bfloat16."""
+    sae, x, sure, threshold = test_method.ignored_direction(size, False, 32, 64, 512)
+    monkeypatch.setitem(bt.CHUNK_ENTRIES, "cpu", 32 * 256)
+    latent, row, _, right = bt.try_largest(sae, x, 0.95 * threshold, 32 * 32, torch.bfloat16)
+    found = torch.zeros_like(sure)
+    found[latent, row] = True
+    assert right and found[sure].all(), f"{int((sure & ~found).sum())} of {int(sure.sum())}"
+
 def test_of_equal_entries_as_many_are_kept_as_fit():
     sae, x = random_sae(config(n_latents=8)), randn(1, 12, seed=3).expand(5, 12).contiguous()
     with torch.no_grad():
