@@ -527,6 +527,8 @@ def make_sae(cfg: Config, device: torch.device = torch.device("cpu")) -> SAE:
     """A new SAE of the class for cfg; under torchrun it holds the latents of this process."""
     return processes.keep_share_(sae_class(cfg)(cfg)).to(device)
 
+SAES_ON_STANDARDIZED = {}  # as SAES, for tokens that are standardised
+
 def sae_class(cfg: Config) -> type[SAE]:
     """The class of SAEs for an activation and a normalisation."""
     kinds = SAES if cfg.normalize == "scale" else SAES_ON_STANDARDIZED
@@ -1519,7 +1521,7 @@ def calibrate_thresholds(sae, batches):
     scaled = sae_class(cfg)(cfg)
     scaled.processes = sae.processes
     for name, t in {"W_enc": sae.W_enc / theta[:, None], "b_enc": sae.b_enc / theta, "b_dec": sae.b_dec,
-                    "W_dec": sae.W_dec, "theta": sae.theta}.items():
+                    "W_dec": sae.W_dec}.items():
         getattr(scaled, name).data = t.data
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
@@ -1557,7 +1559,7 @@ class TokenTopKSAE(StandardizedTokens, TopKSAE):
 class TokenJumpReLUSAE(StandardizedTokens, JumpReLUSAE):
     """JumpReLU on standardised tokens."""
 
-SAES_ON_STANDARDIZED = {"batchtopk": TokenSAE, "topk": TokenTopKSAE, "jumprelu": TokenJumpReLUSAE}
+SAES_ON_STANDARDIZED |= {"batchtopk": TokenSAE, "topk": TokenTopKSAE, "jumprelu": TokenJumpReLUSAE}
 
 # ---- 10. Activations of a language model ---------------------
 
