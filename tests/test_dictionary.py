@@ -131,7 +131,8 @@ def test_nearly_all_planted_directions_are_found_with_every_seed(planted, seed):
 @pytest.mark.slow
 def test_latents_of_the_large_world_are_right():
     """Measured with seed 0: MCC 0.805, F1 0.728, FVU 0.068; BatchTopK alone 0.626, 0.469, 0.118."""
-    found = measure(dictionary.train(dictionary.World(), dictionary.WORLDS["large"][1], 0), dictionary.World())
+    world = dictionary.World()
+    found = measure(dictionary.train(world, dictionary.WORLDS["large"][1], 0), world)
     assert found["mcc"] >= 0.77 and found["f1"] >= 0.70 and found["fvu"] <= 0.075, found
 
 def test_the_table_has_every_method_and_every_seed(monkeypatch, capsys):
