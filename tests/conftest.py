@@ -9,9 +9,11 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve other tests
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import batchtopk as bt  # noqa: E402

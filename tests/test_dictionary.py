@@ -125,8 +125,11 @@ def test_the_default_finds_directions_that_batchtopk_alone_does_not(planted, see
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_nearly_all_planted_directions_are_found_with_every_seed(planted, seed):
-    sae = dictionary.train(planted, dictionary.WORLDS["planted"][1], seed)
-    assert measure(sae, planted)["found"] >= 94
+    """Measured: 92 to 96 of 96; BatchTopK alone 78 to 84, TopK 94 to 96 at twice the error."""
+    settings = dictionary.WORLDS["planted"][1]
+    default, alone = (measure(dictionary.train(planted, settings, seed, topk_start=share), planted)["found"]
+                      for share in (bt.Config.topk_start, 0))
+    assert default >= 90 and default > alone + 5
 
 @pytest.mark.slow
 def test_latents_of_the_large_world_are_right():
