@@ -92,7 +92,7 @@ class Config:
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "kind of SAE: the function from Z to f")  # a key of SAES
-    topk_start: float = option(0.6, "share of the run in which each token keeps its own k (paper: 0)", high=1)
+    topk_start: float = option(0.6, "TopK's share of a run, the first (paper: 0)", high=1)
     normalize: str = option("scale", "scale: fit the biases' learning rate to x")  # see Trainer, or part two
     init: str = option("data", "data: b_dec the mean; authors: 0, and a smaller W_enc", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
@@ -1518,11 +1518,10 @@ def calibrate_thresholds(sae, batches):
     It is the θ of a BatchTopK SAE whose Z are divided by the thresholds.
     """
     cfg, theta = dataclasses.replace(sae.config, activation="batchtopk"), sae.get_theta()
-    scaled = sae_class(cfg)(cfg)
-    scaled.processes = sae.processes
-    for name, t in {"W_enc": sae.W_enc / theta[:, None], "b_enc": sae.b_enc / theta, "b_dec": sae.b_dec,
-                    "W_dec": sae.W_dec}.items():
-        getattr(scaled, name).data = t.data
+    scaled = sae.processes.keep_share_(sae_class(cfg)(cfg)).to(sae.W_dec.device)
+    scaled.W_enc.copy_(sae.W_enc / theta[:, None])
+    scaled.b_enc.copy_(sae.b_enc / theta)
+    scaled.b_dec.copy_(sae.b_dec)
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
     return factor
@@ -1575,7 +1574,7 @@ class RunConfig(Config):
     site: str = option("resid_pre", "stream before or after the block, or what its MLP or attention adds",
                        "resid_pre", "resid_post", "mlp_out", "attn_out")
     module: str = option("", "module whose output is read instead, e.g. transformer.h.2.mlp.c_fc")
-    model_dtype: str = option("auto", "precision, if not quantised; auto: bfloat16 on newer GPUs", *DTYPES)
+    model_dtype: str = option("auto", "the model's precision; auto: bfloat16 on GPUs", *DTYPES)
     dataset: str = option("stdlib", "a hub data set, a .txt, .md, .jsonl or .parquet file, or stdlib")
     dataset_config: str = option("", "configuration of a data set that has several")
     text_column: str = option("text", "column that holds the text")

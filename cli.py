@@ -58,6 +58,7 @@ WORDS = {name: field.metadata["doc"] for name, field in FIELDS.items()} | {  # t
     "init": "start b_dec at the data's mean, or at 0 with a smaller W_enc",
     "lr": FIELDS["lr"].metadata["doc"].replace("; 0:", "; auto:"),
     "prepend_bos": "put no begin token in front of contexts",
+    "topk_start": "TopK's share of a run (paper: 0)",
     "skip_special": "read special tokens and first positions too: their norms are larger",
 }
 SETS = {"tiny": bt.PRESETS, "ours": bt.RECIPES}  # defaults, by the choice that applies unless another is made
