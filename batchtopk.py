@@ -819,9 +819,9 @@ def split_product(sae, centred, dtype, per_row):
         return centred.T, sae.b_enc.float(), centred.new_zeros(len(centred) if per_row else ())
     mean = centred.mean(0).nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite spoils no others
     columns = torch.sub(centred, mean, out=torch.empty_like(centred, dtype=dtype))
-    square = columns.square().mean(1 if per_row else None, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
-    rest = torch.addmv(sae.b_enc.float(), sae.W_enc.float(), mean)
-    return columns.T, rest, BFLOAT16_NOISE * square.sqrt()
+    size = torch.linalg.vector_norm(columns, dim=1 if per_row else None, dtype=torch.float32)
+    noise = size.nan_to_num_(0.0, 0.0, 0.0).mul_(BFLOAT16_NOISE / math.sqrt(columns.numel() / size.numel()))
+    return columns.T, torch.addmv(sae.b_enc.float(), sae.W_enc.float(), mean), noise
 
 def product_error(product, noise, dtype):
     """By how much a product of this dtype may be wrong; None for float32."""
@@ -830,7 +830,7 @@ def product_error(product, noise, dtype):
 def product_threshold(threshold, rest, noise, dtype):
     """What a product of this dtype must exceed so that its pre-activation may exceed the threshold."""
     least = threshold - rest
-    return least if dtype == torch.float32 else least - product_error(least, noise, dtype)
+    return least if dtype == torch.float32 else least.sub(least.abs(), alpha=BFLOAT16_ERROR).sub_(noise)
 
 def row_level(z, rest, noise, n):
     """A threshold for each row [B] that n entries exceed, of which z [r, B] + rest are some; or 0."""
