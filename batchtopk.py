@@ -1160,7 +1160,7 @@ def try_largest(sae, centred, hint, n, dtype, per_row=False):
     n_rows, row_least = len(centred), None
     n_kept, size = n * n_rows if per_row else n, max(1, CHUNK_ENTRIES[centred.device.type] // n_rows)
     columns, rest, noise = split_product(sae, centred, dtype, per_row)
-    least = product_threshold(*((0.0, rest, 0.0) if per_row else (hint, rest, noise)), dtype)
+    least = product_threshold(0.0 if per_row else hint, rest, 0.0 if per_row else noise, dtype)
     entries = torch.zeros(2, CANDIDATES * n_kept, dtype=torch.int64, device=centred.device)
     found = torch.zeros(1, dtype=torch.int64, device=centred.device)
     if per_row:
