@@ -680,7 +680,8 @@ def forward_backward(sae, x, hint, n_dead, scale, selection) -> Gradients:
     if selection == "topk":
         least = value.new_full((len(x),), math.inf).scatter_reduce_(0, row, value, "amin")
         least = sae.processes.gather(least).amin(0)
-        threshold = (least.where(least < math.inf, 0).sum() / (least < math.inf).sum()).nan_to_num(math.inf)
+        none = ~(least < math.inf)
+        threshold = (least.masked_fill(none, 0).sum() / (~none).sum()).nan_to_num(math.inf)
     else:
         threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
     n_silent = (silent >= sae.config.dead_tokens).sum(dtype=torch.float32)
@@ -827,7 +828,7 @@ def row_places(row, n_rows: int, width: int):
     m, (row_sorted, order) = len(row), row.int().sort(stable=True)
     starts = group_starts(row_sorted, n_rows)
     place = starts[:-1, None] + torch.arange(width, device=row.device)
-    return functional.pad(order, [0, 1], value=m)[place.where(place < starts[1:, None], m)]
+    return functional.pad(order, [0, 1], value=m)[place.masked_fill(place >= starts[1:, None], m)]
 
 def chunk_entries(sae, part, centred, z, thresholds, row_thresholds):
     """The entries of a part of the latents above their thresholds [F], or their rows' [B], from the product
@@ -843,7 +844,7 @@ def chunk_entries(sae, part, centred, z, thresholds, row_thresholds):
     else:
         value = dots(W.float(), centred, latent, row) + b[latent]
         least = least[latent] if row_thresholds is None else row_thresholds[row]
-        above = ~(value <= least)
+        above = (~(value <= least)).nonzero().squeeze(1)  # a mask would wait twice
         found, value = found[above], value[above]
     return found + part.start * n_rows, value
 
@@ -1404,6 +1405,12 @@ class JumpReLUSAE(SAE):
         # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
         self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        penalty = self.penalty  # stays as it is, on the host: a step need not wait for it
+        super()._apply(fn, recurse)
+        self.penalty = penalty
+        return self
+
     def get_theta(self):
         return self.log_threshold.exp()
 
@@ -1457,7 +1464,7 @@ def jumprelu_entries(sae, centred, hint, dtype, selection):
         [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
         return {"log_threshold": d}
 
-    active = ~(z <= sae.get_theta()[latent])
+    active = (~(z <= sae.get_theta()[latent])).nonzero().squeeze(1)
     return StepEntries(latent[active], row[active], z[active], None, coef, own_gradients)
 
 @learn_thresholds_.register(JumpReLUSAE)
