@@ -116,6 +116,10 @@ def measure_shape(cfg, repeat):
     x, one_percent = next(endless).to(half), max(1, cfg.n_latents // 100)
     runs = {"step": lambda: step(encoder_dtype="auto"), "step, float32": step,
             "step, 1 % dead": lambda: step(one_percent, encoder_dtype="auto"),
+            "step, TopK first": lambda: step(encoder_dtype="auto", topk_start=1.0),
+            "step of TopK": lambda: step(encoder_dtype="auto", activation="topk"),
+            "step of JumpReLU": lambda: step(encoder_dtype="auto", activation="jumprelu",
+                                             tokens=20 * cfg.batch_size),  # its own thresholds after 6 steps
             "plain step, float32": lambda: step(step="plain"),
             "dense step, autocast": lambda: dense_step(bt.SAE(cfg).to(device), endless),
             "dense step, compiled": lambda: dense_step(bt.SAE(cfg).to(device), endless, torch.compile),
@@ -400,7 +404,7 @@ def main(arguments=None):
             raise bt.Unavailable(f"there is no file {a.export!r}; give one that `cli.py export` wrote")
         cfg = bt.Config(d_model=a.d_model, n_latents=a.n_latents, batch_size=a.batch_size, k=a.k,
                         device=str(bt.resolve_device(a.device)), encoder_dtype="float32", tokens=10**12,
-                        dead_tokens=10**12)
+                        dead_tokens=10**12, topk_start=0)
         if a.repeat < 2:
             raise bt.InputError(f"repeat is {a.repeat}; give 2 or more")
     except (bt.InputError, bt.Unavailable) as error:
