@@ -683,7 +683,8 @@ def forward_backward(sae, x, hint, n_dead, scale, selection) -> Gradients:
     if selection == "topk":
         least = value.new_full((len(x),), math.inf).scatter_reduce_(0, row, value, "amin")
         least = sae.processes.gather(least).amin(0)
-        threshold = (least.where(least < math.inf, 0).sum() / (least < math.inf).sum()).nan_to_num(math.inf)
+        none = ~(least < math.inf)
+        threshold = (least.masked_fill(none, 0).sum() / (~none).sum()).nan_to_num(math.inf)
     else:
         threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
     n_silent = (silent >= sae.config.dead_tokens).sum(dtype=torch.float32)
@@ -801,7 +802,7 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
     if dtype != torch.float32:  # then these are candidates, and float32 decides
         latent, row = index // n_rows, index % n_rows
         value = dots(sae.W_enc.float(), centred, latent, row) + sae.b_enc.float()[latent]
-        above = ~(value <= hint[latent])
+        above = (~(value <= hint[latent])).nonzero().squeeze(1)  # a mask would wait twice
         index, value = index[above], value[above]
         if n is not None:
             best, _ = n_largest(index % n_rows, value, None, n, row_thresholds)
@@ -883,7 +884,7 @@ def row_places(row, n_rows: int, width: int):
     m, (row_sorted, order) = len(row), row.int().sort(stable=True)
     starts = group_starts(row_sorted, n_rows)
     place = starts[:-1, None] + torch.arange(width, device=row.device)
-    return functional.pad(order, [0, 1], value=m)[place.where(place < starts[1:, None], m)]
+    return functional.pad(order, [0, 1], value=m)[place.masked_fill(place >= starts[1:, None], m)]
 
 def flat_above(z, least):
     """Where z [r, B] exceeds least [r] or is NaN: flat indices, ascending. On a GPU the host waits here."""
@@ -1441,6 +1442,12 @@ class JumpReLUSAE(SAE):
         # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
         self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        penalty = self.penalty  # stays as it is, on the host: a step need not wait for it
+        super()._apply(fn, recurse)
+        self.penalty = penalty
+        return self
+
     def get_theta(self):
         return self.log_threshold.exp()
 
@@ -1494,7 +1501,7 @@ def jumprelu_entries(sae, centred, hint, dtype, selection):
         [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
         return {"log_threshold": d}
 
-    active = ~(z <= sae.get_theta()[latent])
+    active = (~(z <= sae.get_theta()[latent])).nonzero().squeeze(1)
     return StepEntries(latent[active], row[active], z[active], None, coef, own_gradients)
 
 @learn_thresholds_.register(JumpReLUSAE)
