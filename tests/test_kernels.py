@@ -378,8 +378,8 @@ class Host(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 @pytest.mark.parametrize("n_dead, aux_k, most, changes", [
-    (0, 512, 75, {}), (5, 512, 100, {}), (5, 3, 100, {}), (0, 512, 120, dict(topk_start=1.0)),
-    (0, 512, 120, dict(activation="topk"))], ids=str)
+    (0, 512, 82, {}), (5, 512, 105, {}), (5, 3, 111, {}), (0, 512, 128, dict(topk_start=1.0)),
+    (0, 512, 128, dict(activation="topk"))], ids=str)
 def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most, changes, monkeypatch):
     """And what a GPU records as two CUDA graphs is nearly all, and does not wait."""
     trainer = bt.Trainer(config(n_latents=24, batch_size=48, dead_tokens=10**6, aux_k=aux_k,
