@@ -681,7 +681,8 @@ def forward_backward(sae, x, hint, n_dead, scale, selection) -> Gradients:
     if selection == "topk":
         least = value.new_full((len(x),), math.inf).scatter_reduce_(0, row, value, "amin")
         least = sae.processes.gather(least).amin(0)
-        threshold = (least.where(least < math.inf, 0).sum() / (least < math.inf).sum()).nan_to_num(math.inf)
+        none = ~(least < math.inf)
+        threshold = (least.masked_fill(none, 0).sum() / (~none).sum()).nan_to_num(math.inf)
     else:
         threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
     n_silent = (silent >= sae.config.dead_tokens).sum(dtype=torch.float32)
@@ -771,7 +772,8 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
     is done for each row, which begins with the n-th largest of the first latents.
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
-    most = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in a chunk
+    parts = 4 if n is not None else 1  # in which thresholds rise; each waits for its size
+    most = max(1, min(-(-n_latents // parts), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in each
     columns, rest, noise = split_product(sae, centred, dtype, per_row)
     scratch = torch.empty(most, n_rows, dtype=dtype, device=centred.device)
     hint = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
@@ -799,7 +801,7 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
     if dtype != torch.float32:  # then these are candidates, and float32 decides
         latent, row = index // n_rows, index % n_rows
         value = dots(sae.W_enc.float(), centred, latent, row) + sae.b_enc.float()[latent]
-        above = ~(value <= hint[latent])
+        above = (~(value <= hint[latent])).nonzero().squeeze(1)  # a mask would wait twice
         index, value = index[above], value[above]
         if n is not None:
             best, _ = n_largest(index % n_rows, value, None, n, row_thresholds)
@@ -881,7 +883,7 @@ def row_places(row, n_rows: int, width: int):
     m, (row_sorted, order) = len(row), row.int().sort(stable=True)
     starts = group_starts(row_sorted, n_rows)
     place = starts[:-1, None] + torch.arange(width, device=row.device)
-    return functional.pad(order, [0, 1], value=m)[place.where(place < starts[1:, None], m)]
+    return functional.pad(order, [0, 1], value=m)[place.masked_fill(place >= starts[1:, None], m)]
 
 def flat_above(z, least):
     """Where z [r, B] exceeds least [r] or is NaN: flat indices, ascending. On a GPU the host waits here."""
@@ -1139,7 +1141,7 @@ def collect(z, least, entries=None, n_before=None, first=0, row_least=None):
     ends = launch(count_kernel, (n_latents,), counts, z, *bars, n_rows, BLOCK=2048, ROWS=rows).cumsum(0)  # int64
     wait = entries is None
     if wait:
-        entries = [torch.empty(int(ends[-1]), dtype=torch.int64, device=z.device) for _ in range(2)]
+        entries = [*torch.empty(2, int(ends[-1]), dtype=torch.int64, device=z.device)]
         n_before = torch.zeros_like(ends[:1])
     launch(collect_kernel, (n_latents,), *entries, z, *bars, ends, n_before, first, n_rows, len(entries[0]),
            BLOCK=1024, ROWS=rows)
@@ -1439,6 +1441,12 @@ class JumpReLUSAE(SAE):
         # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
         self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        penalty = self.penalty  # stays as it is, on the host: a step need not wait for it
+        super()._apply(fn, recurse)
+        self.penalty = penalty
+        return self
+
     def get_theta(self):
         return self.log_threshold.exp()
 
@@ -1492,7 +1500,7 @@ def jumprelu_entries(sae, centred, hint, dtype, selection):
         [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
         return {"log_threshold": d}
 
-    active = ~(z <= sae.get_theta()[latent])
+    active = (~(z <= sae.get_theta()[latent])).nonzero().squeeze(1)
     return StepEntries(latent[active], row[active], z[active], None, coef, own_gradients)
 
 @learn_thresholds_.register(JumpReLUSAE)

@@ -339,6 +339,10 @@ class Host(TorchDispatchMode):
     """Counts what a step launches (kernels, and operators that are no views) and how often it waits."""
     WAITS = "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"
 
+    def __init__(self, on_host=torch.empty(0)):  # a tensor that lies on the host: to read it is no wait
+        super().__init__()
+        self.on_host = on_host.untyped_storage().data_ptr()
+
     def __enter__(self):
         self.launched, self.waited, self.patch = collections.Counter(), [], pytest.MonkeyPatch()
         launch, inside = bt.launch, []
@@ -353,7 +357,8 @@ class Host(TorchDispatchMode):
 
         def waiting(name, method):
             def wait(t, *arguments):
-                self.waited.extend([] if inside else [name])
+                on_host = t.untyped_storage().data_ptr() == self.on_host
+                self.waited.extend([] if inside or on_host else [name])
                 return method(t, *arguments)
             return wait
         self.patch.setattr(bt, "launch", counted_launch)
@@ -368,13 +373,17 @@ class Host(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         self.launched.update([] if is_view else [str(func)])
+        if func is torch.ops.aten.index.Tensor:
+            self.waited += ["mask" for t in args[1] if t is not None and t.dtype == torch.bool]
         return func(*args, **(kwargs or {}))
 
-@pytest.mark.parametrize("n_dead, aux_k, most", [(0, 512, 75), (5, 512, 100), (5, 3, 100)])
-def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most, monkeypatch):
+@pytest.mark.parametrize("n_dead, aux_k, most, changes", [
+    (0, 512, 75, {}), (5, 512, 100, {}), (5, 3, 100, {}), (0, 512, 120, dict(topk_start=1.0)),
+    (0, 512, 120, dict(activation="topk"))], ids=str)
+def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most, changes, monkeypatch):
     """And what a GPU records as two CUDA graphs is nearly all, and does not wait."""
     trainer = bt.Trainer(config(n_latents=24, batch_size=48, dead_tokens=10**6, aux_k=aux_k,
-                                encoder_dtype="bfloat16"))
+                                encoder_dtype="bfloat16", **changes))
     trainer.sae.b_enc.data[:n_dead] = -100.0
     for i in range(3):
         trainer.sae.tokens_since_fired[:n_dead] = 10**7 if i == 1 else 10**7 + 48 * i
@@ -403,6 +412,23 @@ def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most, monkeyp
     assert host.launched.total() - sum(recorded) <= 8, host.launched.most_common()
     kernels = {"count_kernel", "collect_kernel", "dots_kernel", "sums_kernel", "update_kernel"}
     assert kernels <= {*host.launched}
+
+def test_jumprelus_step_waits_for_the_sizes_of_what_is_found_alone(monkeypatch):
+    """Bug here once: its penalty lay on the GPU, and each step fetched it; four parts, each with four waits."""
+    monkeypatch.setattr(bt, "JUMP_START", 48 / 4096)
+    monkeypatch.setattr(bt, "JUMP_AFTER", 0.0)
+    trainer = bt.Trainer(config(n_latents=24, batch_size=48, activation="jumprelu", encoder_dtype="bfloat16"))
+    for i in range(2):
+        trainer.step(randn(48, 12, seed=i))
+    penalty, x = trainer.sae.penalty, randn(48, 12, seed=9)
+    with Host(on_host=penalty) as host:
+        trainer.step(x)
+    assert penalty[0] > 0 and torch.equal(trainer.sae.penalty, penalty), "it learns its thresholds"
+    # how many exceed the thresholds in bfloat16, which of them do in float32, which are active; the numbers
+    assert host.waited == ["__int__", "nonzero", "nonzero", "tolist"]
+    assert host.launched.total() <= 125, host.launched.most_common()
+    for sae in (copy.deepcopy(trainer.sae).to("meta"), copy.deepcopy(trainer.sae).bfloat16()):
+        assert torch.equal(sae.penalty, penalty) and sae.penalty.dtype == torch.float64, "it stays on the host"
 
 # What the interpreter does not notice
 
