@@ -116,6 +116,10 @@ def measure_shape(cfg, repeat):
     x, one_percent = next(endless).to(half), max(1, cfg.n_latents // 100)
     runs = {"step": lambda: step(encoder_dtype="auto"), "step, float32": step,
             "step, 1 % dead": lambda: step(one_percent, encoder_dtype="auto"),
+            "step, TopK first": lambda: step(encoder_dtype="auto", topk_start=1.0),
+            "step of TopK": lambda: step(encoder_dtype="auto", activation="topk"),
+            "step of JumpReLU": lambda: step(encoder_dtype="auto", activation="jumprelu",
+                                             tokens=20 * cfg.batch_size),  # its own thresholds after 6 steps
             "plain step, float32": lambda: step(step="plain"),
             "dense step, autocast": lambda: dense_step(bt.SAE(cfg).to(device), endless),
             "dense step, compiled": lambda: dense_step(bt.SAE(cfg).to(device), endless, torch.compile),

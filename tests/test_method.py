@@ -1005,7 +1005,9 @@ def test_a_bfloat16_sae_can_be_evaluated(planted, planted_sae):
         bt.evaluate(planted_sae, [])
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("changes", [dict(encoder_dtype="bfloat16"), dict(normalize="token")], ids=str)
+@pytest.mark.parametrize("changes", [
+    dict(encoder_dtype="bfloat16", topk_start=0), dict(normalize="token", topk_start=0), dict(topk_start=1.0),
+    dict(activation="topk"), dict(topk_start=0.003)], ids=str)  # after 3000 tokens BatchTopK
 def test_a_gpus_recorded_steps_give_the_bits_of_those_that_are_not(changes, monkeypatch):
     """Also where the search fails, batches differ in size, latents die, weights are loaded or replaced."""
     cfg = bt.Config(d_model=64, n_latents=512, k=8, batch_size=256, tokens=10**6, device="cuda", **changes)
