@@ -774,7 +774,8 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
     is done for each row, which begins with the n-th largest of the first latents.
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
-    most = max(1, min(-(-n_latents // 4), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in a chunk
+    parts = 4 if n is not None else 1  # in which thresholds rise; each waits for its size
+    most = max(1, min(-(-n_latents // parts), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in each
     columns, rest, noise = split_product(sae, centred, dtype, per_row)
     scratch = torch.empty(most, n_rows, dtype=dtype, device=centred.device)
     hint = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
@@ -1044,16 +1045,67 @@ def has_kernels(t: Tensor) -> bool:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return (t.is_cuda or interpreted) and kernels_run(t.device)
 
-@functools.cache
+kernels_work = {}  # by device, where they were tried
+
 def kernels_run(device: torch.device) -> bool:
-    """Whether Triton works on a device: tried once. It needs a C compiler, and not every GPU will do."""
-    try:
-        one, starts = torch.ones(1, 1, dtype=torch.float32, device=device), torch.arange(2, device=device)
-        return bool(launch_sums(one, starts[:1], one[0], starts) == 1)
-    except Exception as error:
-        why = "it is not installed" if triton is None else f"{error!r}".splitlines()[0]
-        warnings.warn(f"Triton does not work on {device} ({why}): steps take several times as long")
-        return False
+    """Whether kernels work on a device: tried once. Triton needs a C compiler, and not every GPU will do."""
+    if device not in kernels_work:
+        try:
+            try_kernels(device)
+            kernels_work[device] = True
+        except Exception as error:
+            kernels_work[device] = False
+            why = "it is not installed" if triton is None else f"{error!r}".splitlines()[0]
+            warnings.warn(f"Triton does not work on {device} ({why}): steps take several times as long")
+    return kernels_work[device]
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def try_kernels(device):
+    """RuntimeError unless small steps are those of operators. One latent always fires, four are dead."""
+    cfg = Config(d_model=160, n_latents=32 * processes.size, k=3, batch_size=80, device=str(device))
+    x = torch.randn(80, 160, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    trainer = Trainer(cfg)
+    trainer.initialize_(x)
+    trainer.sae.processes = Processes()  # each of several tries alone
+    trainer.sae.b_enc[:5] = torch.tensor([8.0, -20, -20, -20, -20])
+    trainer.sae.tokens_since_fired[1:5] = 10**7
+
+    def step(works, *case):
+        kernels_work[device] = works
+        try:
+            return trial_step(trainer, x, *case)
+        finally:
+            del kernels_work[device]
+
+    hint = 0.7 * float(step(False, 0.0, (0, 0), "topk")[2])  # of its threshold; there are moments now, too
+    for case in ((hint, (4, 4), "topk"), (hint, (0, 0), "batch"), (0.0, (4, 4), "batch")):
+        check_same(trainer, lambda: step(True, *case), lambda: step(False, *case))
+
+def trial_step(trainer, x, hint, n_dead, selection) -> Tensor:
+    """A step without a recording; returns its numbers."""
+    new = forward_backward(trainer.sae, x, hint, n_dead, loss_scale(trainer.x_std), selection)
+    update_(trainer, new, trainer.learning_rate())
+    return new.numbers
+
+def check_same(trainer, *ways):
+    """RuntimeError unless two ways to take a step (they return its numbers) do the same. All is put back.
+
+    Of a matrix about 64 rows are compared. 3 % may be rounding: Adam's first steps are signs of gradients.
+    """
+    state = {name: (t, t.clone()) for name, t in trainer_state(trainer).items() if t.ndim}
+    found = []
+    for way in ways:
+        try:
+            changes = dict(zip(("mse", "L_aux", "threshold", "dead", "search"), way()))
+            changes |= {name: (t - old)[:: 1 + len(t) // 64] for name, (t, old) in state.items()}
+            found.append({name: t.double().nan_to_num() for name, t in changes.items()})
+        finally:
+            for t, old in state.values():
+                t.copy_(old)
+    a, b = found
+    wrong = [name for name in a if not (a[name] - b[name]).norm() <= 0.03 * b[name].norm()]
+    check(not wrong, f"a trial step gives something else in {', '.join(wrong)}", RuntimeError)
 
 def launch(kernel, grid, out, *arguments, **options):
     """Run a kernel with a program for each place of the grid, on the device of the tensor `out`."""
@@ -1142,7 +1194,7 @@ def collect(z, least, entries=None, n_before=None, first=0, row_least=None):
     ends = launch(count_kernel, (n_latents,), counts, z, *bars, n_rows, BLOCK=2048, ROWS=rows).cumsum(0)  # int64
     wait = entries is None
     if wait:
-        entries = [torch.empty(int(ends[-1]), dtype=torch.int64, device=z.device) for _ in range(2)]
+        entries = [*torch.empty(2, int(ends[-1]), dtype=torch.int64, device=z.device)]
         n_before = torch.zeros_like(ends[:1])
     launch(collect_kernel, (n_latents,), *entries, z, *bars, ends, n_before, first, n_rows, len(entries[0]),
            BLOCK=1024, ROWS=rows)
@@ -1384,6 +1436,25 @@ class RecordedStep:
         torch.autograd.graph.increment_version(self.counters)  # for count_dead
 
 recording_stream = functools.cache(torch.cuda.Stream)  # torch.cuda.graph's own may lie on another device
+unrecorded = set()  # devices on which a recording failed
+
+def record(trainer, x, hint, n_dead, selection, pool) -> RecordedStep | None:
+    """A recording that does what its launches do one by one; else None, and there are none on this device."""
+    def replay():
+        numbers = step.forward_backward(x, hint).numbers
+        step.update_(trainer.learning_rate())
+        return numbers
+
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream(x.device)):  # also after a recording that broke off
+            step = RecordedStep(trainer, x, n_dead, selection, pool)
+        check_same(trainer, replay, lambda: trial_step(trainer, x, hint, n_dead, selection))
+        return step
+    except Exception as error:  # out of memory, for one
+        unrecorded.add(x.device)
+        recordings.clear()  # which frees memory
+        why = f"{error.__context__ or error!r}".splitlines()[0]
+        warnings.warn(f"CUDA graphs do not work on {x.device} ({why}): steps take longer")
 
 MOST_KINDS = 32  # how many kinds of steps are recorded for one trainer
 recordings = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other tensors
@@ -1395,8 +1466,7 @@ def find_recording(trainer, x, hint, n_dead, selection) -> RecordedStep | None:
     """
     sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
     fits = x.is_cuda and sae.config.activation != "jumprelu" and x.shape[1] <= WIDEST
-    fits = fits and can_try(sae, x, hint)
-    if not fits:
+    if not fits or x.device in unrecorded or not can_try(sae, x, hint):
         return None
     tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])
     tensors = tuple(t.data_ptr() for t in tensors)
@@ -1406,7 +1476,7 @@ def find_recording(trainer, x, hint, n_dead, selection) -> RecordedStep | None:
     known = recordings[trainer][1]
     if kind in known and not known[kind]:
         pool = next((step.before.pool() for step in known.values() if step), None)
-        known[kind] = RecordedStep(trainer, x, n_dead, selection, pool)
+        known[kind] = record(trainer, x, hint, n_dead, selection, pool)
     elif len(known) < MOST_KINDS:
         known.setdefault(kind)
     return known.get(kind)
