@@ -1596,7 +1596,7 @@ def calibrate_thresholds(sae, batches):
     scaled = sae_class(cfg)(cfg)
     scaled.processes = sae.processes
     for name, t in {"W_enc": sae.W_enc / theta[:, None], "b_enc": sae.b_enc / theta, "b_dec": sae.b_dec,
-                    "W_dec": sae.W_dec, "theta": sae.theta}.items():
+                    "W_dec": sae.W_dec, "theta": sae.theta.clone()}.items():
         getattr(scaled, name).data = t.data
     factor = calibrate(scaled, batches)
     sae.log_threshold.add_(math.log(factor))
