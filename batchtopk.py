@@ -775,7 +775,7 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
     parts = 4 if n is not None else 1  # in which thresholds rise; each waits for its size
-    most = max(1, min(-(-n_latents // parts), CHUNK_ENTRIES[centred.device.type] // n_rows))  # latents in each
+    most = max(1, min(-(-n_latents // parts), CHUNK_ENTRIES[centred.device.type] // n_rows))  # in each
     columns, rest, noise = split_product(sae, centred, dtype, per_row)
     scratch = torch.empty(most, n_rows, dtype=dtype, device=centred.device)
     hint = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
@@ -1191,7 +1191,8 @@ def collect(z, least, entries=None, n_before=None, first=0, row_least=None):
     counts = torch.empty(n_latents, dtype=torch.int32, device=z.device)
     rows = row_least is not None
     bars = (least, row_least if rows else least)
-    ends = launch(count_kernel, (n_latents,), counts, z, *bars, n_rows, BLOCK=2048, ROWS=rows).cumsum(0)  # int64
+    launch(count_kernel, (n_latents,), counts, z, *bars, n_rows, BLOCK=2048, ROWS=rows)
+    ends = counts.cumsum(0)  # int64
     wait = entries is None
     if wait:
         entries = [*torch.empty(2, int(ends[-1]), dtype=torch.int64, device=z.device)]

@@ -925,8 +925,8 @@ STUDIES = {  # what --study varies, unless an option says otherwise
     "lr": {"activation": "batchtopk", "lr": "0.0003,0.001,0.002,0.003,0.005,0.01"},
     "recipe": {"activation": "batchtopk", "recipe": "ours,paper"},
     "training": {"activation": "batchtopk", "change": "none,lr=0.0015,lr=0.006,batch_size=256,batch_size=1024"
-                 ",decoder_lr=1,beta1=0.9,beta1=0,beta2=0.99,warmup=0.1,decay=0,decay=0.3,topk_start=0,topk_start=0.3"
-                 ",init=authors,normalize=token,aux_coef=0,dead_tokens=100000"},
+                 ",decoder_lr=1,beta1=0.9,beta1=0,beta2=0.99,warmup=0.1,decay=0,decay=0.3,topk_start=0"
+                 ",topk_start=0.3,init=authors,normalize=token,aux_coef=0,dead_tokens=100000"},
 }
 
 @app.command(epilog="Example: python cli.py compare --activation batchtopk,topk --k 16,32,64 --seeds 1")
