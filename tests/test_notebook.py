@@ -64,14 +64,23 @@ SMOLLM2, GEMMA = "SmolLM2-135M, after block 15", "Gemma 3 270M, after block 9"
 CLAIMS = {
     "TopK throws away a 7 and a 6": lambda n: n["rule"] == {"topk": [2, 2, 2], "batchtopk": [4, 2, 0]},
     "Before training no direction is found": lambda n: of_seeds(n, "Before training", "found") == [0],
-    "BatchTopK finds most of them": lambda n: 0.75 * 96 < min(of_seeds(n, "BatchTopK", "found")),
-    "TopK finds more with each seed":
-        lambda n: max(of_seeds(n, "BatchTopK", "found")) < min(of_seeds(n, "TopK", "found")),
-    "although its error is larger":
+    "With every seed BatchTopK has less error than TopK":
         lambda n: max(of_seeds(n, "BatchTopK", "fvu")) < min(of_seeds(n, "TopK", "fvu")),
+    "and still finds fewer directions":
+        lambda n: max(of_seeds(n, "BatchTopK", "found")) < min(of_seeds(n, "TopK", "found")),
     "more of its latents are *shared*":
         lambda n: min(of_seeds(n, "BatchTopK", "shared")) > max(of_seeds(n, "TopK", "shared")),
     "while more lie idle": lambda n: min(of_seeds(n, "BatchTopK", "idle")) > max(of_seeds(n, "TopK", "idle")),
+    "The more directions are mixed in a sample":
+        lambda n: n["first_steps"] == sorted(n["first_steps"]) and n["first_steps"][-1] > 2 * 4,
+    "A sample of one direction gets almost nothing": lambda n: n["first_steps"][0] < 0.5,
+    "change to BatchTopK after 60 % of the run": lambda n: bt.Config.topk_start == 0.6,
+    "finds more directions than BatchTopK from the first step":
+        lambda n: min(of_seeds(n, "TopK first", "found")) > max(of_seeds(n, "BatchTopK", "found")),
+    "and has less error than either rule alone":
+        lambda n: max(of_seeds(n, "TopK first", "fvu")) < min(of_seeds(n, "BatchTopK", "fvu")),
+    "The reversed numbers find more, too":
+        lambda n: min(of_seeds(n, "reversed first", "found")) > max(of_seeds(n, "BatchTopK", "found")),
     "Our small model is harmless":
         lambda n: n["norms"]["ours"]["first"] < 2 and not n["norms"]["ours"]["large"],
     "148 times as large as the median": lambda n: is_near(n["norms"][SMOLLM2]["first"], 148, 0.01),
@@ -82,34 +91,39 @@ CLAIMS = {
     "1 token in 1800 of Gemma": lambda n: is_near(1 / n["norms"][GEMMA]["share"], 1800),
     "holds 41 %": lambda n: is_near(n["norms"][GEMMA]["variance"], 0.41),
     "it is under 0.1 %": lambda n: max(n["norms"][name]["share"] for name in (SMOLLM2, GEMMA)) < 0.001,
+    "and that only after 60 % of the run": lambda n: bt.Config.topk_start == 0.6,
+    "the two runs are one and the same": lambda n: all(is_near(r, 1, 1e-6) for r in n["training"]["ratio"][0]),
+    "A few batches later its error is below TopK's, and stays there":
+        lambda n: max(n["training"]["ratio"][1][8:]) < 1,
     "BatchTopK leaves less of the variance unexplained than TopK":
         lambda n: n["training"]["held_out"]["batchtopk"] < n["training"]["held_out"]["topk"],
-    "the curves begin near 1": lambda n: all(0.5 < first < 2 for first in n["training"]["first"].values()),
-    "BatchTopK's even above it": lambda n: n["training"]["first"]["batchtopk"] > 1,
+    "The curves begin near 1": lambda n: all(0.5 < first < 2 for first in n["training"]["first"].values()),
     "The curves end lower than the diamonds":
         lambda n: all(n["training"]["last"][m] < n["training"]["held_out"][m] for m in ("batchtopk", "topk")),
     "BatchTopK spreads widely around it": lambda n: n["spread"][0] < 16 and n["spread"][2] > 48,
     "Among the lowest are ` self`, ` def`": lambda n: {" self", " def"} <= set(n["words"]["lowest"]),
     "Among the highest are pieces of words": lambda n: sum(w.isalpha() for w in n["words"]["highest"]) >= 3,
     "The points lie close to z²": lambda n: is_near(n["cost"]["all"], 1),
-    "The smallest are worth 30 % more": lambda n: is_near(n["cost"]["parts"][0] - 1, 0.30),
+    "The smallest are worth a third more": lambda n: is_near(n["cost"]["parts"][0] - 1, 1 / 3),
     "Tokens with few latents pay, tokens with many gain":
         lambda n: n["groups"]["ratios"] == sorted(n["groups"]["ratios"], reverse=True)
         and n["groups"]["ratios"][0] > 1 > n["groups"]["ratios"][-1],
     "what they pay is little, and the others gain more":
         lambda n: 0 < 2 * sum(c for c in n["groups"]["changes"] if c > 0) < -sum(
             c for c in n["groups"]["changes"] if c < 0),
-    "the value varies little from batch to batch": lambda n: n["theta"]["spread"] < 0.1,
+    "The value varies little from batch to batch": lambda n: n["theta"]["spread"] < 0.1,
     "= 18 % of this average": lambda n: is_near(n["theta"]["share"], 0.18, 0.03),
-    "both averages are within 6 % of the value of the training batches":
-        lambda n: all(is_near(average, n["theta"]["late"], 0.06) for average in n["theta"]["averages"]),
+    "at the end of this run still only 79 %": lambda n: is_near(1 - 0.99 ** n["theta"]["batches"], 0.79, 0.01),
+    "it is within 2 % of the value of the training batches":
+        lambda n: is_near(n["theta"]["averages"][0], n["theta"]["late"], 0.02),
+    "θ is then too low": lambda n: n["theta"]["averages"][1] < 0.9 * n["theta"]["late"],
     "θ from held-out batches lies above it": lambda n: n["theta"]["calibrated"] > 1.1 * n["theta"]["late"],
     "In batches of 1024 tokens the error is 1 to 2 % smaller than with θ":
         lambda n: 0.98 <= n["batches"][-1] <= 0.99,
     "k = 32 latents are active on the text of the calibration":
         lambda n: is_near(n["factor"]["l0"][0], 32, 0.02),
-    "With the running average of training 35 latents would fire":
-        lambda n: is_near(n["factor"]["l0"][2], 35, 0.02),
+    "With the running average of training 36 latents would fire":
+        lambda n: is_near(n["factor"]["l0"][2], 36, 0.02),
     "and the error *falls*": lambda n: n["factor"]["fvu"][1] < n["factor"]["fvu"][0],
     "leaves less than a tenth of the variance unexplained": lambda n: 0.05 < n["ce"]["fvu"] < 0.1,
     "Beside zeros almost anything looks good":
@@ -117,7 +131,8 @@ CLAIMS = {
     "Without the auxiliary loss a part of the dictionary dies":
         lambda n: n["dead"]["broken"] > 0.01 and n["dead"]["broken"] > 3 * n["dead"]["batchtopk"],
     "L_aux is large": lambda n: n["dead"]["l_aux"] > 2 * n["dead"]["living"],
-    "for the first 30 % of a run": lambda n: bt.JUMP_START == 0.3,
+    "for the first 70 % of a run":
+        lambda n: is_near(max(bt.JUMP_START, bt.Config.topk_start + bt.JUMP_AFTER), 0.7, 1e-6),
     "The two errors in the legend are nearly the same":
         lambda n: is_near(n["training"]["held_out"]["broken"], n["training"]["held_out"]["batchtopk"], 0.02),
     "BatchTopK has less error than TopK every time":
@@ -125,7 +140,6 @@ CLAIMS = {
     "JumpReLU lies close to BatchTopK":
         lambda n: all(abs(sum(n["rivals"][f"jumprelu {k}"])) < sum(n["rivals"][f"topk {k}"]) / 2
                       for k in (8, 32)),
-    "a little below it at k = 8": lambda n: -3 < sum(n["rivals"]["jumprelu 8"]) < 0,
     "fires on a large part of all tokens": lambda n: n["latents"]["densest"] > 0.25,
     "a name found by reading the strongest lines alone is often too narrow":
         lambda n: n["latents"]["weak"] < n["latents"]["strong"] / 2,
@@ -204,7 +218,7 @@ def test_the_cell_that_compares_the_readers_rule_knows_right_from_wrong():
 def test_the_notebook_is_of_a_length_one_reads_and_shows_short_cells():
     notebook, cells = read()
     nbformat.validate(notebook)
-    assert 2000 <= sum(len(c.source.split()) for c in notebook.cells if c.cell_type == "markdown") <= 3600
+    assert 2000 <= sum(len(c.source.split()) for c in notebook.cells if c.cell_type == "markdown") <= 4000
     assert max(len(line) for c in notebook.cells for line in c.source.splitlines()) <= 110
     assert max(len(cell.source.splitlines()) for cell in cells) <= 25
 
