@@ -609,7 +609,8 @@ def test_rare_latents_fired_on_few_of_the_last_tokens(batch_size, lm, data, tmp_
     def watched(trainer, x, step=bt.Trainer.step):
         if not fired:
             trainer.initialize_(x)
-        fired.append((trainer.sae.encode(x, "batch") > 0).sum(0))
+        selection = trainer.sae.training_selection(trainer.tokens_seen)
+        fired.append((trainer.sae.encode(x, selection) > 0).sum(0))
         return step(trainer, x)
     monkeypatch.setattr(bt.Trainer, "step", watched)
     [result] = cli.train_runs({"": cfg}, lm, tmp_path / "run")
