@@ -11,7 +11,7 @@ With B tokens in a batch, width D of x, F latents, and k active latents per toke
 
 TopK SAEs keep k latents for every token. Here tokens that need more get more, at the same average. Rows of
 W_dec have norm 1, so dropping an active entry z moves its token's reconstruction by the distance z: keeping
-the k·B largest entries costs least.
+the k·B largest entries costs least. A run begins as TopK, which finds directions better (Config.topk_start).
 
     sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of tensors [n, 512]
     f = sae.encode(x)                                                    # [..., 512] -> [..., 4096]
@@ -92,7 +92,7 @@ class Config:
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "kind of SAE: the function from Z to f")  # a key of SAES
-    topk_start: float = option(0.6, "TopK's share of a run, the first (paper: 0)", high=1)
+    topk_start: float = option(0.6, "share of a run, from its start, that is TopK (paper: 0)", high=1)
     normalize: str = option("scale", "scale: fit the biases' learning rate to x")  # see Trainer, or part two
     init: str = option("data", "data: b_dec the mean; authors: 0, and a smaller W_enc", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
@@ -189,8 +189,8 @@ class SAE(nn.Module):
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
         """Activations x [..., D], of any float dtype, to latents f [..., F].
 
-        selection: "batch", BatchTopK over all rows of x, as in training; "theta", the inference form
-        Z · 1[Z > θ], in which each row depends on itself alone; or "topk", with which training begins.
+        selection: "batch", BatchTopK over all rows of x, as in training; "topk", k of each row, as at its
+        start; or "theta", the inference form Z · 1[Z > θ], in which each row depends on itself alone.
         Raises: InputError for another D, dtype or selection; Unavailable where θ is needed and not estimated.
         """
         check_choice("selection", selection, ("theta", "batch", "topk"))
@@ -254,7 +254,7 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
 
 def batch_threshold(f: Tensor, selection: str) -> float:
     """The smallest positive entry of f [B, F], ∞ if there is none; after TopK the mean of its rows'."""
-    groups = f if selection == "topk" else f.view(1, -1)
+    groups = f if selection == "topk" else f.reshape(1, -1)
     least = groups.masked_fill(groups <= 0, math.inf).amin(1)
     return float(least[least < math.inf].mean().nan_to_num(math.inf))  # NaN: the mean of none
 
@@ -265,8 +265,8 @@ def running_rate(rate, n):
     return rate / (1 - (1 - rate) ** n)
 
 def update_theta_(sae: SAE, threshold: float, n: int):
-    """θ = E[threshold of a batch] (paper, equation 4) as a running average, after the n-th training step.
-    With it encode works during training; `train` ends with calibrate, which replaces it."""
+    """θ = E[threshold of a batch] (paper, equation 4) as a running average, after the n-th step of
+    this selection. With it encode works during training; `train` ends with calibrate, which replaces it."""
     rate = running_rate(THETA_RATE, n)  # 1 at first, when θ is NaN and would stay so
     sae.theta.nan_to_num_(threshold).mul_(1 - rate).add_(rate * threshold)
 
@@ -295,7 +295,7 @@ class StepStats(NamedTuple):
     fvu: float  # fraction of variance unexplained: mse / Trainer.variance; predicting the mean gives 1
     l0: float  # mean active latents per token
     dead: int  # number of dead latents
-    threshold: float  # smallest kept entry, ∞ if none was positive; θ is its expectation
+    threshold: float  # smallest kept entry (TopK: the rows' mean), ∞ if none was positive; θ is its mean
     lr: float
 
 class Trainer:
@@ -550,7 +550,7 @@ def active_entries(sae: SAE, x: Tensor, selection: str = "theta") -> tuple[Tenso
     Returns (row, latent) [2, m] int64, by row, then latent, and values [m] float32. Errors as for encode.
     There is no matrix [B, F] unless config.step is "plain".
     """
-    check_choice("selection", selection, ("theta", "batch"))
+    check_choice("selection", selection, ("theta", "batch", "topk"))
     if sae.config.step == "sparse":
         return sparse_entries(sae, x, selection)
     f = sae.select(sae.pre_activations(sae.as_rows(x)), selection)
@@ -599,7 +599,8 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
 
 # ---- 7. The same step, sparse --------------------------------
 
-# Only the encoder product has to be dense. All else touches the N = k·B kept entries, a thousandth of B·F.
+# Only the encoder product has to be dense. What follows the search touches the N = k·B kept entries alone, a
+# thousandth of B·F.
 # An entry has a latent, a row (its token) and a value. Four operations do the work: find_entries, dots,
 # sum_rows and update_latents_.
 
@@ -752,7 +753,8 @@ def find_entries(sae, centred, hint, n=None, dtype=torch.float32, per_row=False)
     """The n largest positive pre-activations of a batch (of each row, if per_row), or all that exceed `hint`.
 
     Args: centred, x - b_dec [B, D]; hint, a number, or without n also one for each latent [F]. With n it is
-        where the search begins and changes nothing in the result: if fewer than n exceed it, all is repeated.
+        where the search begins and changes nothing in the result: if fewer than n exceed it, all is repeated
+        (per_row: not used).
         dtype, of the product. In bfloat16 it only nominates entries: their values are computed again in
         float32, and decide.
     Returns: latent, row, value [m], by latent, then row.
@@ -771,7 +773,7 @@ def largest_entries(sae, centred, hint, n, dtype, per_row=False):
 
     When more than twice what is wanted is held, only what can be among the n largest stays, and later entries
     must exceed these. So one pass is exact if `hint` is not above the true threshold. With per_row all this
-    is done for each row, which begins with the n-th largest of the first latents.
+    is done for each row; its threshold begins as the n-th largest of its first 16 n entries.
     """
     n_rows, n_latents = len(centred), len(sae.b_enc)
     parts = 4 if n is not None else 1  # in which thresholds rise; each waits for its size
@@ -1536,7 +1538,7 @@ def jumprelu(z, theta, width):
 
 @loss.register(JumpReLUSAE)
 def jumprelu_loss(sae, x, selection="batch"):
-    """loss, with f as BatchTopK's at the start of a run, and then with the penalty λ · L0."""
+    """loss, with f as in a run of BatchTopK at first, and then with the penalty λ · L0."""
     coef, width = sae.penalty.tolist()
     z, sparsity = sae.pre_activations(x), 0 * sae.log_threshold.sum()  # a gradient of 0, for Adam's counts
     if coef:
@@ -1577,7 +1579,7 @@ def jumprelu_entries(sae, centred, hint, dtype, selection):
 
 @learn_thresholds_.register(JumpReLUSAE)
 def adapt_penalty_(sae, trainer, stats):
-    """Adapt λ, so that L0 becomes k; at the start of a run set all thresholds to BatchTopK's."""
+    """Adapt λ, so that L0 becomes k; until it begins set all thresholds to that of the batch."""
     cfg = trainer.cfg
     if sae.penalty[0]:
         sae.penalty[0] *= (max(stats.l0, 1 / cfg.batch_size) / cfg.k) ** L0_RATE
