@@ -224,7 +224,8 @@ class PeerWorld(World):
             firing_probability=s.ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=1e-3),
             hierarchy=s.HierarchyConfig(total_root_nodes=16, branching_factor=4, max_depth=3,
                                         mutually_exclusive_portion=1.0, compensate_probabilities=True),
-            correlation=s.LowRankCorrelationConfig(rank=25, correlation_scale=0.1), seed=seed)
+            correlation=s.LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
+            seed=1000 + seed)  # not seed: an SAE would begin with its directions
         self.model = s.SyntheticModel(law)
         self.directions = self.model.feature_dict.feature_vectors.detach()
 
