@@ -16,9 +16,9 @@ the k·B largest entries costs least. A run begins as TopK, which finds directio
     sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of tensors [n, 512]
     f = sae.encode(x)                                                    # [..., 512] -> [..., 4096]
 
-Part one is the method. With step="plain" it needs of part two only the checks and helpers at its start, and
-`processes`, which does nothing where there is one. Part two is what makes it fast and practical: the sparse
-step (the default), rival methods, activations of a language model, evaluation, export, several processes.
+Part one is the method. With step="plain" it needs of part two only the checks and helpers at its start. Part
+two is what makes it fast and practical: the sparse step (the default), rival methods, activations of a language
+model, evaluation, export, several processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ import platform
 import random
 import threading
 import warnings
-import weakref
 import zipfile
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +85,6 @@ def option(default, doc, *choices, low=0, high=math.inf):
 @dataclass(frozen=True)
 class Config:
     """What training depends on beside the data. InputError for a value that cannot work."""
-
     # (paper: 4096) is what the paper uses; (paper) or (authors): the default is the paper's or their code's
     d_model: int = option(dataclasses.MISSING, "D, width of the activations", low=1)
     n_latents: int = option(dataclasses.MISSING, "F, number of latents", low=1)
@@ -94,6 +92,7 @@ class Config:
     activation: str = option("batchtopk", "kind of SAE: the function from Z to f")  # a key of SAES
     topk_start: float = option(0.6, "share of a run, from its start, that is TopK (paper: 0)", high=1)
     normalize: str = option("scale", "scale: fit the biases' learning rate to x")  # see Trainer, or part two
+    max_norm: float = option(4, "leave out tokens whose norm is over this multiple of the median; 0: none")
     init: str = option("data", "data: b_dec the mean; authors: 0, and a smaller W_enc", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
     batch_size: int = option(512, "B, tokens in a batch (paper: 4096)", low=1)
@@ -106,7 +105,7 @@ class Config:
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
-    step: str = option("sparse", "sparse is fast, plain is autograd; same results")  # a key of STEPS
+    step: str = option("sparse", "sparse is fast, plain is autograd; the same but for rounding")  # of STEPS
     encoder_dtype: str = option("auto", "precision of the search; auto: bfloat16 if fast")
     eval_tokens: int = option(65_536, "held-out tokens for θ (bt.train: at most); as many to evaluate", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
@@ -119,16 +118,10 @@ class Config:
         """How many entries are kept of a batch: k for each of its tokens, rounded down, but at least 1."""
         return max(1, int(self.k * n_tokens + 1e-6))  # 0.29 · 100 is 28.999… in binary
 
-    @property
-    def row_k(self) -> int:
-        """How many entries each token keeps where training begins as TopK: a whole number."""
-        return max(1, round(self.k))
-
 # ---- 2. Selection: TopK finds, BatchTopK spends --------------
 
 def batch_topk(z: Tensor, n: int) -> Tensor:
     """BatchTopK (paper, section 3): zero all entries of z, of any shape, but the n largest positive ones.
-
     Gradients flow through the kept values alone. Which of equal entries are kept is unspecified.
 
         >>> batch_topk(torch.tensor([[5., 1., 0.], [4., 3., -2.]]), 3)
@@ -148,8 +141,7 @@ def row_topk(z: Tensor, k: int) -> Tensor:
 # ---- 3. The sparse autoencoder -------------------------------
 
 class SAE(nn.Module):
-    """A BatchTopK sparse autoencoder. Part two adds encode_sparse, save, load, and other kinds of SAE."""
-
+    """A BatchTopK sparse autoencoder. Part two has other kinds of SAE, which replace some of its methods."""
     def __init__(self, config: Config):
         super().__init__()
         self.config = check_kind(config, self)  # InputError if it asks for another kind of SAE
@@ -162,6 +154,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(directions.new_zeros(D))  # init="data": training starts it at the mean of x
         self.register_buffer("theta", directions.new_tensor(math.nan))  # θ, kept in float32; NaN: none yet
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64))
+        self.found = Found()  # what training found out about its data, as the limit of their norms
 
     @own_precision
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -173,10 +166,18 @@ class SAE(nn.Module):
         check(not self.theta.isnan(), 'θ was never estimated; calibrate, or select by "batch"', Unavailable)
         return self.theta
 
+    def selection_for(self, asked: str) -> str:
+        """How this kind of SAE selects where "theta", "batch" or "topk" is asked for: here just so."""
+        return check_choice("selection", asked, ("theta", "batch", "topk"))
+
+    def training_selection(self, tokens_seen: int) -> str:
+        """How a step selects after so many tokens: "topk" at the start of a run, then "batch"."""
+        return "topk" if tokens_seen < self.config.topk_start * self.config.tokens else "batch"
+
     def select(self, z: Tensor, selection: str) -> Tensor:
         """Zero all of Z [B, F] but the active entries. selection: as for encode."""
         if selection == "topk":
-            return row_topk(z, self.config.row_k)
+            return row_topk(z, row_k(self.config))
         if selection == "batch":
             return batch_topk(z, self.config.n_kept(len(z)))
         return z.masked_fill(z.float() <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): NaN stays in sight
@@ -184,18 +185,18 @@ class SAE(nn.Module):
     def as_rows(self, x: Tensor) -> Tensor:
         """Activations x [..., D] as tokens [B, D] in the weights' dtype, on their device."""
         check_activations(x, len(self.b_dec))
-        return x.reshape(-1, x.shape[-1]).to(self.W_enc)
+        return normalized(self.config, x.reshape(-1, x.shape[-1]).to(self.W_enc))
 
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """Activations x [..., D], of any float dtype, to latents f [..., F].
-
-        selection: "batch", BatchTopK over all rows of x, as in training; "topk", k of each row, as at its
-        start; or "theta", the inference form Z · 1[Z > θ], in which each row depends on itself alone.
-        Raises: InputError for another D, dtype or selection; Unavailable where θ is needed and not estimated.
-        """
-        check_choice("selection", selection, ("theta", "batch", "topk"))
-        f = self.select(self.pre_activations(self.as_rows(x)), selection)
+        """Activations x [..., D], of any float dtype, to latents f [..., F]. selection: "batch", over all rows of
+        x, or "topk", in each, as in training; or "theta", Z · 1[Z > θ], where rows do not depend on each other.
+        InputError for another D, dtype or selection; Unavailable where θ is needed and not estimated."""
+        f = self.select(self.pre_activations(self.as_rows(x)), self.selection_for(selection))
         return f.to(self.W_enc.dtype).view(*x.shape[:-1], f.shape[-1])
+
+    def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
+        """What encode keeps: (row, latent) [2, m] int64, ascending, of x as rows [B, D]; values [m] float32."""
+        return active_entries(self, x, self.selection_for(selection))
 
     @own_precision
     def decode(self, f: Tensor) -> Tensor:
@@ -203,29 +204,65 @@ class SAE(nn.Module):
         return f @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """The reconstruction of x [..., D]. Arguments and errors are those of encode."""
-        return self.decode(self.encode(x, selection))
+        """The reconstruction of x [..., D], in its units. Arguments and errors are those of encode."""
+        return restored(self.config, self.decode(self.encode(x, selection)), x)
 
     def is_dead(self) -> Tensor:
         """Which latents [F] have been silent for config.dead_tokens tokens or more."""
         return self.tokens_since_fired >= self.config.dead_tokens
 
-    def training_selection(self, tokens_seen: int) -> str:
-        """How a step selects after so many tokens: "topk" at the start of a run, then "batch"."""
-        return "topk" if tokens_seen < self.config.topk_start * self.config.tokens else "batch"
+    def seen(self, x: Tensor) -> Tensor:
+        """Whether tokens x [..., D] are of a size that training kept: bool [...]. See Config.max_norm."""
+        return x.float().norm(dim=-1) <= (self.found.norm_limit or math.inf)
 
-SAES = {"batchtopk": SAE}  # by Config.activation; part two adds other kinds
+    def loss(self, x: Tensor, selection: str = "batch") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(L, mse, L_aux, f) for x [B, D]: mse = mean ‖X - X̂‖², L = mse + α · L_aux (paper, section 3)."""
+        f = self.select(self.pre_activations(x), self.selection_for(selection))
+        residual = x - self.decode(f)
+        mse = residual.square().sum(1).mean()
+        aux = auxiliary_loss(self, x, residual.detach())
+        return mse + self.config.aux_coef * aux, mse, aux, f
+
+    def learn_thresholds_(self, trainer: Trainer, stats: StepStats):
+        """θ = E[threshold of a batch] (paper, equation 4) as a running average; `train` ends with calibrate."""
+        if stats.l0:
+            trainer.last_threshold = stats.threshold
+            rate = running_rate(THETA_RATE, trainer.steps)  # 1 at first, when θ is NaN and would stay so
+            self.theta.nan_to_num_(stats.threshold).mul_(1 - rate).add_(rate * stats.threshold)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> float:
+        """Set θ to the mean over held-out batches of their threshold, the smallest entry that is kept; return it.
+        Used for each token alone, it keeps about k entries on average.
+
+        batches: any iterable of tensors [n, D] of any n, of which batches of B are made; a smaller rest and
+        tokens that are too large (Config.max_norm) are left out. InputError if no entry is positive.
+        """
+        batches = batches_for(self, batches)
+        found = [(len(x), smallest(self, self.encode_sparse(x, "batch")[1])) for x in batches]  # ∞: none
+        thresholds = [threshold for n, threshold in found if n == found[0][0] and threshold < math.inf]
+        theta = check_theta(sum(thresholds) / max(1, len(thresholds)))  # 0 if there is none
+        self.theta.fill_(theta)
+        return theta
+
+    def step_entries(self, centred: Tensor, hint, dtype: torch.dtype, selection: str) -> StepEntries:
+        """The entries that the sparse step keeps of x - b_dec = centred."""
+        return kept_entries(self, centred, hint, dtype, selection)
+
+    def save(self, folder: str | os.PathLike):
+        """Write config.json and sae.safetensors into a folder, each whole or not at all."""
+        save_sae(self, folder)
+
+    @staticmethod
+    def load(folder: str | os.PathLike, device: str = "cpu") -> SAE:
+        """Read what save wrote. Unavailable if there is nothing, InputError if it is damaged."""
+        return load_sae(folder, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
+        """What to() and half() call. Thresholds stay in float32: bfloat16 would move θ by up to 0.4 %."""
+        return in_float32(self, super()._apply, fn, recurse)
 
 # ---- 4. Loss -------------------------------------------------
-
-@functools.singledispatch  # here and below: another kind of SAE can register its own
-def loss(sae: SAE, x: Tensor, selection: str = "batch") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(L, mse, L_aux, f) for x [B, D]: mse = mean ‖X - X̂‖², L = mse + α · L_aux (paper, section 3)."""
-    f = sae.select(sae.pre_activations(x), selection)
-    residual = x - sae.decode(f)
-    mse = residual.square().sum(1).mean()
-    aux = auxiliary_loss(sae, x, residual.detach())
-    return mse + sae.config.aux_coef * aux, mse, aux, f
 
 AUX_SHARE = 1 / 192  # ours, for speed: L_aux computes at most this share of Z, but always one token
 
@@ -235,8 +272,8 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
         e = X - X̂,  ê = (the k_aux largest Z of the dead latents, per token) W_dec,  L_aux = mean ‖e - ê‖²
 
     for x and a detached residual e [B, D]: live latents get no gradient, b_dec does. No ReLU, unlike the
-    authors: with one, a latent with negative Z on all tokens would get none. If more than F / 192 latents are
-    dead only the first tokens are used (x is taken to be shuffled).
+    authors: a latent with negative Z on all tokens would get none. If many are dead only the first tokens are
+    used (x is taken to be shuffled).
     """
     cfg, dead = sae.config, sae.is_dead().nonzero().squeeze(1)
     if not len(dead) or not cfg.aux_k:
@@ -249,41 +286,17 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
 
 # ---- 5. θ: one number that stands in for the batch -----------
 
-# The threshold of a batch is the smallest positive entry that BatchTopK keeps of it. θ is the mean of many of
-# them. Used for each token alone, it keeps about k entries on average.
-
 def batch_threshold(f: Tensor, selection: str) -> float:
     """The smallest positive entry of f [B, F], ∞ if there is none; after TopK the mean of its rows'."""
     groups = f if selection == "topk" else f.reshape(1, -1)
     least = groups.masked_fill(groups <= 0, math.inf).amin(1)
     return float(least[least < math.inf].mean().nan_to_num(math.inf))  # NaN: the mean of none
 
-THETA_RATE = 0.01  # weight of a new batch in the running average
+THETA_RATE = 0.01  # weight of a new batch in the running average, SAE.learn_thresholds_
 
 def running_rate(rate, n):
     """Weight of the n-th value (n a number or a tensor) in a bias-corrected average: 1, falling to `rate`."""
     return rate / (1 - (1 - rate) ** n)
-
-def update_theta_(sae: SAE, threshold: float, n: int):
-    """θ = E[threshold of a batch] (paper, equation 4) as a running average, after the n-th step of
-    this selection. With it encode works during training; `train` ends with calibrate, which replaces it."""
-    rate = running_rate(THETA_RATE, n)  # 1 at first, when θ is NaN and would stay so
-    sae.theta.nan_to_num_(threshold).mul_(1 - rate).add_(rate * threshold)
-
-@functools.singledispatch
-@torch.no_grad()
-def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
-    """Set θ to the mean threshold of batches of B held-out tokens, and return it.
-
-    batches: any iterable of tensors [n, D] of any n; a rest that fills no batch is left out, if there are
-    others. InputError if no batch has a positive entry.
-    """
-    batches = rebatch(batches, sae.config.batch_size, sae.W_dec.device)
-    found = [(len(x), smallest(sae, active_entries(sae, x, "batch")[1])) for x in batches]  # ∞: none positive
-    thresholds = [threshold for n, threshold in found if n == found[0][0] and threshold != math.inf]
-    theta = check_theta(sum(thresholds) / max(1, len(thresholds)))  # 0 if there is none
-    sae.theta.fill_(theta)
-    return theta
 
 # ---- 6. Training ---------------------------------------------
 
@@ -299,22 +312,19 @@ class StepStats(NamedTuple):
     lr: float
 
 class Trainer:
-    """Trains one SAE step by step.
-
-    normalize="scale" makes training independent of the size of x, without scaling x. Adam's steps have the
-    size of the learning rate, whatever the loss. That suits weights, which have no unit (f has that of x);
-    biases have the unit of x, so their learning rate is multiplied by x_std, its deviation per coordinate.
-    """
-
+    """Trains one SAE step by step. normalize="scale" makes that independent of the size of x: Adam's steps have
+    the size of the learning rate, whatever the loss. That suits weights, which have no unit (f has that of x);
+    biases have the unit of x, so their learning rate is multiplied by x_std, its deviation per coordinate."""
     @torch.inference_mode(False)  # what is made in it could not be changed by steps
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, sae: SAE | None = None):  # by default a new one
         self.cfg, self.device = cfg, resolve_device(cfg.device)
-        self.sae = make_sae(cfg, self.device)
+        self.sae = (make_sae(cfg) if sae is None else sae).to(self.device)
         self.tokens_seen, self.steps = 0, 0  # steps since the present way of selection began
         self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
         self.n_fired = torch.zeros_like(self.sae.tokens_since_fired)  # on how many tokens, of all seen
         self.adam = {s: adam_state(p.data) for s, p in self.sae.named_parameters()}  # mean, square, count
+        self.cache = Cache()  # what the sparse step remembers; nothing is lost without it
 
     @torch.no_grad()
     def initialize_(self, x: Tensor):
@@ -333,13 +343,11 @@ class Trainer:
         check(x.ndim == 2 and len(x), f"x has the shape {list(x.shape)}; give [B, {self.cfg.d_model}]")
         if not self.x_std:
             self.initialize_(x)
-        lr, take_step = self.learning_rate(), STEPS[self.cfg.step]  # before tokens_seen grows
         selection = self.sae.training_selection(self.tokens_seen)
-        total, mse, aux, l0, dead, threshold = take_step(self, self.sae.as_rows(x))
+        stats = STEPS[self.cfg.step](self, self.sae.as_rows(x))
         self.tokens_seen += len(x)
         self.steps += 1
-        stats = StepStats(total, mse, aux, mse / self.variance, l0, dead, threshold, lr)
-        learn_thresholds_(self.sae, self, stats)  # for BatchTopK: θ
+        self.sae.learn_thresholds_(self, stats)
         if self.sae.training_selection(self.tokens_seen) != selection:  # thresholds will be others
             self.steps, self.last_threshold = 0, 0.0
         return stats
@@ -352,11 +360,9 @@ class Trainer:
         return peak * max(0.0, min(1.0, rise, left / max(cfg.decay * cfg.tokens, 1)))
 
     @torch.no_grad()
-    def update_(self, name: str, g: Tensor, rows: Tensor | slice = slice(None)):
+    def update_rows_(self, name: str, g: Tensor, rows: Tensor | slice = slice(None)):
         """Lazy Adam (paper: Adam): step the rows of a parameter that got a gradient, g [r, …], and no others.
-
-        Adam on all rows would shrink a rare latent's moments to nothing between two tokens that it fires on.
-        """
+        On all rows it would shrink a rare latent's moments to nothing between two tokens that it fires on."""
         stored = [getattr(self.sae, name).data, *self.adam[name]]  # W, mean, square, count
         taken = [t[rows] for t in stored]  # copies, put back below (for a slice views: no harm)
         self.adam_(name, g, *taken)
@@ -364,7 +370,7 @@ class Trainer:
             old[rows] = new
 
     def adam_rates(self, name: str) -> tuple[float, float]:
-        """Its multiple of the learning rate, and ε in its gradient's unit: x² (the loss's), for biases x."""
+        """Its factor on the learning rate, and ε in its gradient's unit: x² for weights, x for biases."""
         unit = self.x_std if name in ("b_enc", "b_dec") else 1.0
         factor = self.cfg.decoder_lr if name == "W_dec" else 1
         return factor * unit, 1e-8 * self.x_std**2 / unit * loss_scale(self.x_std)
@@ -381,60 +387,56 @@ class Trainer:
         if name == "W_dec":
             W.div_(W.norm(dim=1, keepdim=True))
 
-def plain_step(trainer: Trainer, x: Tensor) -> tuple:
-    """One step on x [B, D], as SAE.as_rows gives it. Returns loss, mse, aux, l0, dead, threshold."""
+def plain_step(trainer: Trainer, x: Tensor) -> StepStats:
+    """One step on x [B, D], as SAE.as_rows gives it."""
     sae, selection = trainer.sae, trainer.sae.training_selection(trainer.tokens_seen)
-    total, mse, aux, f = loss(sae, x, selection)
+    total, mse, aux, f = sae.loss(x, selection)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
     names, parameters = zip(*sae.named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(total * loss_scale(trainer.x_std), parameters)))
     learning = gradients["W_dec"].any(1).nonzero().squeeze(1)  # others: 0, not active, nor in L_aux
     for name, g in gradients.items():
         rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
-        trainer.update_(name, g[rows], rows)
+        trainer.update_rows_(name, g[rows], rows)
     active = f > 0
     sae.tokens_since_fired.add_(len(x)).masked_fill_(active.any(0), 0)
     trainer.n_fired += active.sum(0)
-    l0, dead = int(active.sum()) / len(x), int(sae.is_dead().sum())
-    return total.item(), mse.item(), aux.item(), l0, dead, batch_threshold(f.detach(), selection)
+    return StepStats(total.item(), mse.item(), aux.item(), mse.item() / trainer.variance,
+                     int(active.sum()) / len(x), int(sae.is_dead().sum()),
+                     batch_threshold(f.detach(), selection), trainer.learning_rate())
 
-STEPS = {"plain": plain_step}  # by Config.step; part two adds "sparse", the default
-
-@functools.singledispatch
-def learn_thresholds_(sae: SAE, trainer: Trainer, stats: StepStats):
-    """What a step learns without a gradient: here θ, unless nothing was positive."""
-    if stats.l0:
-        trainer.last_threshold = stats.threshold
-        update_theta_(sae, stats.threshold, trainer.steps)
+# By Config.activation and Config.step. Part two adds other kinds, and the sparse step, which is the default
+SAES, STEPS = {"batchtopk": SAE}, {"plain": plain_step}
 
 def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: False) -> SAE:
     """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
     batches: any iterable of float tensors [n, D] of any n, shuffled. First some tokens are set aside for
-    b_dec, x_std and θ: 5 % of cfg.tokens, at most cfg.eval_tokens, at least one batch. A generator has to
-    give cfg.tokens after these; a list starts again when it ends, so then these are no longer held out.
+    b_dec, x_std, the limit of max_norm and θ: 5 % of cfg.tokens, at most cfg.eval_tokens, at least one batch.
+    A generator has to give cfg.tokens after these; a list starts again when it ends, without them.
     on_step(tokens seen, [StepStats]) is called after each step; True ends training.
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: filter(torch.numel, batches)), cfg.batch_size, trainer.device)
-    n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
-    held_out = list(itertools.islice(stream, n_held_out))
-    trainer.initialize_(torch.cat(check_given(held_out, 0, cfg.tokens)))
+    held_out, others = set_aside(cfg, batches, trainer.device)
+    limit = find_limit_(trainer.sae, check_given(held_out, 0, cfg.tokens))
+    trainer.initialize_(torch.cat([*leave_out(held_out, limit)]))
+    stream = rebatch(others(limit), cfg.batch_size, trainer.device)
     while trainer.tokens_seen < cfg.tokens:
         x = check_given(next(stream, None), trainer.tokens_seen, cfg.tokens)
         stats = trainer.step(x[: cfg.tokens - trainer.tokens_seen])
         if on_step(trainer.tokens_seen, [stats]):
             break
-    calibrate(trainer.sae, held_out)
+    trainer.sae.calibrate(held_out)
     return trainer.sae
 
 # ==================== Part two: fast and practical ====================
 # ---- What both parts use: checks, devices, batches -----------
 
-def check_choice(name, value, choices):
-    """InputError unless value is one of the choices."""
-    check(value in tuple(choices), f"{name} is {value!r}; choose one of: {', '.join(choices)}")
+def check_choice(name, value, accepted):
+    """The value; InputError unless it is one of those accepted."""
+    check(value in tuple(accepted), f"{name} is {value!r}; choose one of: {', '.join(accepted)}")
+    return value
 
 @contextlib.contextmanager
 def explained(message, kind=InputError):
@@ -448,7 +450,7 @@ def explained(message, kind=InputError):
 
 DTYPES = "auto", "float32", "bfloat16"
 
-def choices(field: dataclasses.Field) -> Iterable[str]:
+def choices_of(field: dataclasses.Field) -> Iterable[str]:
     """The values that a field of text accepts; none means any."""
     tables = {"activation": SAES, "normalize": ("scale", "token"), "step": STEPS, "encoder_dtype": DTYPES}
     return tables.get(field.name, field.metadata["choices"])
@@ -460,8 +462,8 @@ def check_config(cfg: Config):
         if getattr(value, "ndim", None) == 0:  # a number of NumPy's or torch's
             value = value.item()
             object.__setattr__(cfg, name, value)
-        if choices(field):
-            check_choice(name, value, choices(field))
+        if choices_of(field):
+            check_choice(name, value, choices_of(field))
         elif field.type in ("int", "float"):
             whole, low, high = field.type == "int", rules["low"], rules["high"]
             number = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
@@ -522,41 +524,70 @@ def check_finite(loss: float, tokens_seen: int):
     """InputError unless a step's loss is a number."""
     check(math.isfinite(loss), f"loss {loss} at token {tokens_seen}: x is not finite, or lr is too high")
 
-@torch.inference_mode(False)  # weights made in inference mode could not be trained
-def make_sae(cfg: Config, device: torch.device = torch.device("cpu")) -> SAE:
-    """A new SAE of the class for cfg; under torchrun it holds the latents of this process."""
-    return processes.keep_share_(sae_class(cfg)(cfg)).to(device)
-
-SAES_ON_STANDARDIZED = {}  # as SAES, for tokens that are standardised
-
-def sae_class(cfg: Config) -> type[SAE]:
-    """The class of SAEs for an activation and a normalisation."""
-    kinds = SAES if cfg.normalize == "scale" else SAES_ON_STANDARDIZED
-    return kinds[cfg.activation]
-
 def check_kind(cfg: Config, sae: SAE) -> Config:
     """cfg, if it is one for SAEs of this class."""
-    kinds = {*SAES.values(), *SAES_ON_STANDARDIZED.values()}
-    kind = next(kind for kind in type(sae).__mro__ if kind in kinds)  # a subclass of the user's own is fine
-    check(kind is sae_class(cfg), f"{type(sae).__name__} does not fit activation {cfg.activation} "
-          f"with normalize {cfg.normalize}; make_sae(config) gives the right class")
+    kind = next(kind for kind in type(sae).__mro__ if kind in SAES.values())  # the user's own: its base's
+    check(kind is SAES[cfg.activation], f"{type(sae).__name__} does not fit activation {cfg.activation}; "
+          "make_sae(config) gives the right class")
     return cfg
+
+@torch.inference_mode(False)  # weights made in inference mode could not be trained
+def make_sae(cfg: Config) -> SAE:
+    """A new SAE of the class for cfg."""
+    return SAES[cfg.activation](cfg)
+
+def loss(sae: SAE, x: Tensor, selection: str = "batch") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """SAE.loss as a function."""
+    return sae.loss(x, selection)
+
+def calibrate(sae: SAE, batches: Iterable[Tensor]) -> float:
+    """SAE.calibrate as a function."""
+    return sae.calibrate(batches)
+
+@dataclass(frozen=True)
+class Found:
+    """What a run finds out, and its SAE keeps: the block "found" of config.json."""
+
+    norm_limit: float = 0.0  # tokens of a larger norm were left out; 0: none
+    begin_token: bool = False  # whether contexts began with one
+    pass_contexts: int = 0  # how many contexts the model read at a time; 0: not known
+
+class Cache(dict):
+    """What may be forgotten. It holds for one trainer alone: a copy of a trainer begins with an empty one."""
+
+    def __reduce__(self):
+        return Cache, ()
+
+def row_k(cfg: Config) -> int:
+    """How many entries each token keeps where training begins as TopK: a whole number."""
+    return max(1, round(cfg.k))
 
 @own_precision
 @torch.no_grad()
-def active_entries(sae: SAE, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
-    """SAE.encode_sparse: the active entries of encode, for x as rows [B, D].
-
-    Returns (row, latent) [2, m] int64, by row, then latent, and values [m] float32. Errors as for encode.
-    There is no matrix [B, F] unless config.step is "plain".
-    """
-    check_choice("selection", selection, ("theta", "batch", "topk"))
+def active_entries(sae: SAE, x: Tensor, selection: str) -> tuple[Tensor, Tensor]:
+    """SAE.encode_sparse. There is no matrix [B, F] unless config.step is "plain"."""
     if sae.config.step == "sparse":
-        return sparse_entries(sae, x, selection)
+        return sparse_encoding(sae, x, selection)
     f = sae.select(sae.pre_activations(sae.as_rows(x)), selection)
     return f.nonzero().T, f[f != 0].float()
 
-SAE.encode_sparse = active_entries
+def standardize(x, per_token: bool):
+    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself."""
+    if not per_token:
+        return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    return (x - mean) / std, mean, std
+
+def normalized(cfg: Config, x: Tensor) -> Tensor:
+    """What an SAE reads of activations x [..., D]: for normalize="token" each token standardised."""
+    return standardize(x, cfg.normalize == "token")[0]
+
+def restored(cfg: Config, x_hat: Tensor, x: Tensor) -> Tensor:
+    """What SAE.decode gives, x_hat [..., D], in the units of x [..., D]."""
+    if cfg.normalize == "scale":
+        return x_hat
+    _, mean, std = standardize(x.to(x_hat), True)
+    return x_hat * std + mean
 
 def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of a parameter the mean, the mean square and the number of its gradients: zeros at first.
@@ -597,12 +628,87 @@ def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterat
     if n:
         yield torch.cat(pending)
 
+def leave_out(chunks: Iterable[Tensor], norm_limit: float) -> Iterator[Tensor]:
+    """Tensors [..., D] as tokens [n, D], without those whose norm exceeds a limit that is not 0."""
+    for chunk in [chunks] if isinstance(chunks, Tensor) else chunks:
+        x = chunk.reshape(-1, chunk.shape[-1])
+        if norm_limit:
+            x = x[~(x.float().norm(dim=1) > norm_limit)]  # a NaN stays, so that it is noticed
+        if len(x):
+            yield x
+
+def batches_for(sae: SAE, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Batches [B, D] on the SAE's device, of the tokens that are not too large for it."""
+    batches = leave_out(batches, sae.found.norm_limit)
+    return rebatch(batches, sae.config.batch_size, sae.W_dec.device)
+
+def set_aside(cfg: Config, batches: Iterable[Tensor], device: torch.device):
+    """Held-out batches for bt.train, and a function of a norm limit that gives the other tokens.
+
+    A list that is shorter than the run gives 5 % of its own tokens. When it starts again, its held-out
+    tokens are left out; only if they are all there is do they serve both.
+    """
+    n_tokens = cfg.tokens
+    if isinstance(batches, (list, tuple)):
+        n_tokens = min(n_tokens, sum(x.numel() // cfg.d_model for x in batches))
+    n = max(1, min(cfg.eval_tokens, n_tokens // 20) // cfg.batch_size)
+    first = rebatch(leave_out(batches, 0), cfg.batch_size, device)
+    held_out, left = list(itertools.islice(first, n)), list(itertools.islice(first, 1))
+    first = itertools.chain(left, first)
+
+    def again():
+        tokens = rebatch(leave_out(batches, 0), cfg.batch_size, device)
+        return itertools.islice(tokens, len(held_out) if left else 0, None)
+
+    def others(norm_limit):
+        yield from leave_out(first, norm_limit)
+        yield from repeat(lambda: leave_out(again(), norm_limit))
+
+    return held_out, others
+
+class LeftOut(NamedTuple):
+    """What a limit on norms leaves out of activations."""
+    norm_limit: float
+    tokens: float  # share of the tokens
+    variance: float  # share of the variance of all
+
+def outliers(x: Tensor, max_norm: float) -> LeftOut:
+    """The limit of norms for a run whose first activations are x [n, D]: max_norm times their median.
+
+    In many models a few tokens, mostly near the beginning, have norms a hundred times as large as the others'
+    (Sun et al. 2024, "Massive activations"). They would take a batch's latents for themselves.
+    Warns if, even so, under 1 % of the tokens that are kept hold over half of their variance.
+    """
+    norm = x.norm(dim=1)
+    limit = max_norm * float(norm.median())
+    distance = (x - x.mean(0)).square().sum(1).double()
+    out = norm > limit
+    kept = (x[~out] - x[~out].mean(0)).square().sum(1).double()
+    largest = kept.topk(len(kept) // 100).values
+    if largest.sum() > kept.sum() / 2:
+        share = float(largest.sum() / kept.sum())
+        warnings.warn(f"{share:.0%} of the variance is that of 1 % of the tokens; the SAE will mostly learn "
+                      "these; a lower max_norm leaves them out")
+    return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
+
+def find_limit_(sae: SAE, batches: list[Tensor]) -> float:
+    """Find the limit of max_norm from a run's first batches, say what it leaves out; the SAE keeps it."""
+    x = torch.cat(batches)
+    check_activations(x, sae.config.d_model)
+    check_tokens(x, "x is", "")
+    if sae.config.max_norm:
+        limit, tokens, variance = outliers(x, sae.config.max_norm)
+        sae.found = dataclasses.replace(sae.found, norm_limit=limit)
+        if tokens:
+            warnings.warn(f"tokens whose norm is over {limit:.4g} are left out, {tokens:.2%} of the first, with "
+                          f"{variance:.1%} of the variance; max_norm says so")
+    return sae.found.norm_limit
+
 # ---- 7. The same step, sparse --------------------------------
 
 # Only the encoder product has to be dense. What follows the search touches the N = k·B kept entries alone, a
 # thousandth of B·F.
-# An entry has a latent, a row (its token) and a value. Four operations do the work: find_entries, dots,
-# sum_rows and update_latents_.
+# Four operations do the work: find_entries, dots, sum_rows and update_latents_.
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
@@ -610,45 +716,37 @@ UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix
 BFLOAT16_ERROR, BFLOAT16_NOISE = 0.006, 0.02
 HINT = 0.95  # the search starts at this share of the last step's threshold
 
-@torch.no_grad()
-def sparse_step(trainer: Trainer, x: Tensor):
-    """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
-    sae, cfg, n_dead, scale = trainer.sae, trainer.cfg, count_dead(trainer), loss_scale(trainer.x_std)
-    selection = sae.training_selection(trainer.tokens_seen)
-    for hint in (HINT * trainer.last_threshold, 0.0):  # the second after an attempt that failed
-        recorded = find_recording(trainer, x, hint, n_dead, selection)
-        new = (recorded.forward_backward(x, hint) if recorded
-               else forward_backward(sae, x, hint, n_dead, scale, selection))
-        numbers = sae.processes.gather(new.numbers).tolist()  # a GPU's one wait; nothing has changed yet
-        check_finite(numbers[0][0], trainer.tokens_seen)
-        if numbers[0][-1]:
-            break
-    if recorded:
-        recorded.update_(trainer.learning_rate())
-    else:
-        update_(trainer, new, trainer.learning_rate())
-    mse, aux, _, n_own_dead, _ = numbers[sae.processes.rank]
-    _, _, thresholds, n_silent, _ = zip(*numbers)
-    silent, n_dead = sae.tokens_since_fired, int(sum(n_silent))
-    known_dead[trainer] = silent, silent._version, int(n_own_dead), n_dead
-    l0 = sae.processes.total(len(new.entries.value)) / len(x)
-    loss = mse + cfg.aux_coef * aux + new.entries.l0_coef * l0
-    return loss, mse, aux, l0, n_dead, min(thresholds)
-
-STEPS["sparse"] = sparse_step
+class Entries(NamedTuple):
+    """Entries of Z or f, [m] each, by latent, then row."""
+    latent: Tensor
+    row: Tensor  # which token
+    value: Tensor
 
 class StepEntries(NamedTuple):
-    """What a training step keeps, by latent, then row, and what a kind of SAE adds to the loss."""
-    latent: Tensor
-    row: Tensor
-    value: Tensor
+    """What a training step keeps, and what a kind of SAE adds to the loss."""
+    entries: Entries
     right: Tensor | None = None  # whether try_largest found what it should, 0.0 or 1.0
     l0_coef: float = 0.0  # the loss has this times l0
     own_gradients: Callable[[Tensor, float], dict[str, Tensor]] = lambda g, scale: {}  # of its own parameters
 
+class StepKind(NamedTuple):
+    """What decides, beside the shape of x, which operations a step is made of."""
+    selection: str
+    n_dead: int  # dead latents of this process; with kernels rounded up to a power of two, so that kinds are few
+    n_dead_of_all: int
+    scale: float  # loss_scale
+
+class StepNumbers(NamedTuple):
+    """What a step tells the host, before anything is changed."""
+    mse: float
+    aux: float
+    threshold: float
+    n_dead: float  # how many latents of this process will be dead
+    right: float  # StepEntries.right
+
 class Gradients(NamedTuple):
     """What a step computes before it changes anything. All gradients are times loss_scale."""
-    entries: StepEntries
+    kept: StepEntries
     centred: Tensor  # x - b_dec
     g: Tensor  # ∂mse/∂X̂ [B, D]
     d_value: Tensor  # ∂mse/∂f of each entry
@@ -656,48 +754,113 @@ class Gradients(NamedTuple):
     d_b_dec: Tensor
     d_aux: AuxGradient
     starts: Tensor  # group_starts of the entries' latents
-    fired: Tensor
     silent: Tensor  # tokens_since_fired after this step
-    numbers: Tensor  # mse, L_aux, threshold, how many latents will be dead, whether the entries are right
+    numbers: Tensor  # StepNumbers
 
-def forward_backward(sae, x, hint, n_dead, scale, selection) -> Gradients:
-    """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries; n_dead: count_dead's."""
+@torch.no_grad()
+def sparse_step(trainer: Trainer, x: Tensor) -> StepStats:
+    """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
+    sae, cfg, kind = trainer.sae, trainer.cfg, step_kind(trainer)
+    for hint in (HINT * trainer.last_threshold, 0.0):  # the second if the first was too high, or too low
+        step = find_recording(trainer, x, hint, kind) or DirectStep(trainer, kind)
+        numbers, n_entries, l0_coef = step.compute(x, hint)
+        of_all = [StepNumbers(*found) for found in sae.processes.gather(numbers).tolist()]  # a GPU's one wait
+        check_finite(of_all[0].mse, trainer.tokens_seen)  # before anything is changed
+        if of_all[0].right:
+            break
+    lr = trainer.learning_rate()
+    step.change_(lr)
+    mse, aux, _, n_own_dead, _ = of_all[sae.processes.rank]
+    n_dead = int(sum(found.n_dead for found in of_all))
+    remember_dead_(trainer, int(n_own_dead), n_dead)
+    l0 = sae.processes.total(n_entries) / len(x)
+    total = mse + cfg.aux_coef * aux + l0_coef * l0
+    threshold = min(found.threshold for found in of_all)
+    return StepStats(total, mse, aux, mse / trainer.variance, l0, n_dead, threshold, lr)
+
+STEPS["sparse"] = sparse_step
+
+class DirectStep:
+    """A step whose operations are launched one by one. RecordedStep has the same methods."""
+
+    def __init__(self, trainer: Trainer, kind: StepKind):
+        self.trainer, self.kind = trainer, kind
+
+    def compute(self, x, hint):
+        """StepNumbers as a tensor, how many entries are kept, and the coefficient of l0 in the loss."""
+        self.new = step_gradients(self.trainer.sae, x, hint, self.kind)
+        return self.new.numbers, len(self.new.kept.entries.value), self.new.kept.l0_coef
+
+    def change_(self, lr: float):
+        """Change weights, biases and counters."""
+        apply_(self.trainer, self.new, lr, self.kind.scale)
+
+def step_kind(trainer) -> StepKind:
+    """The kind of the next step."""
+    silent, selection = trainer.sae.tokens_since_fired, trainer.sae.training_selection(trainer.tokens_seen)
+    n_dead, n_dead_of_all = count_dead(trainer)
+    if n_dead and has_kernels(silent) and trainer.sae.processes.size == 1:
+        n_dead = n_dead_of_all = 1 << (n_dead - 1).bit_length()
+    return StepKind(selection, n_dead, n_dead_of_all, loss_scale(trainer.x_std))
+
+def count_dead(trainer) -> tuple[int, int]:
+    """How many latents are dead: of this process, and of all.
+
+    Both are known from the step before, so that the host need not wait, if nobody has changed the counters
+    since (which must not be done through .data).
+    """
+    silent = trainer.sae.tokens_since_fired
+    counters, version, counts = trainer.cache.get("dead", (None, 0, None))
+    if counters is silent and version == silent._version:
+        return counts
+    n_dead = int(trainer.sae.is_dead().sum())
+    return n_dead, int(trainer.sae.processes.total(n_dead))
+
+def remember_dead_(trainer, *counts):
+    """Keep what count_dead is to give before the next step."""
+    silent = trainer.sae.tokens_since_fired
+    trainer.cache["dead"] = silent, silent._version, counts
+
+def step_gradients(sae, x, hint, kind: StepKind) -> Gradients:
+    """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries."""
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
-    entries = step_entries(sae, centred, hint, dtype, selection)
-    latent, row, value, right, *_ = entries
+    kept = sae.step_entries(centred, hint, dtype, kind.selection)
+    latent, row, value = kept.entries
     row_sorted, order = row.int().sort(stable=True)
     x_hat = sum_rows(sae.W_dec, latent[order], value[order], group_starts(row_sorted, len(x)))
     residual = centred - sae.processes.sum_(x_hat)  # X - X̂: f W_dec summed over entries
     del x_hat, row_sorted, order
     mse = residual.square().sum(1).mean()
-    aux, d_aux = auxiliary_gradient(sae, centred, residual, *n_dead, scale)
+    aux, d_aux = auxiliary_gradient(sae, centred, residual, kind)
     # Backward
-    g = residual.mul_(-2 / len(x) * scale)  # ∂mse/∂X̂
+    g = residual.mul_(-2 / len(x) * kind.scale)  # ∂mse/∂X̂
     d_value = dots(sae.W_dec, g, latent, row)  # ∂mse/∂f = g W_decᵀ
     starts = group_starts(latent, len(sae.b_enc))
     d_b_enc = sum_rows(torch.ones_like(g[:, :1]), row, d_value, starts).view(-1)
     d_b_enc.index_add_(0, d_aux.dead.clamp(max=len(d_b_enc) - 1), d_aux.b_enc)
     d_b_dec = g.sum(0) - sae.processes.sum_(sae.W_enc.T.mv(d_b_enc))  # also L_aux's: it sees b_dec through Z
     # Counters
-    fired = starts[1:] > starts[:-1]
-    silent = (sae.tokens_since_fired + len(x)).masked_fill_(fired, 0)
-    if selection == "topk":
-        least = value.new_full((len(x),), math.inf).scatter_reduce_(0, row, value, "amin")
-        least = sae.processes.gather(least).amin(0)
-        none = ~(least < math.inf)
-        threshold = (least.masked_fill(none, 0).sum() / (~none).sum()).nan_to_num(math.inf)
-    else:
-        threshold = value.min() if len(value) else torch.full_like(mse, math.inf)
-    n_silent = (silent >= sae.config.dead_tokens).sum(dtype=torch.float32)
-    right = torch.ones_like(mse) if right is None else right
-    numbers = torch.stack([mse, aux, threshold, n_silent, right])
-    return Gradients(entries, centred, g, d_value, d_b_enc, d_b_dec, d_aux, starts, fired, silent, numbers)
+    silent = (sae.tokens_since_fired + len(x)).masked_fill_(starts.diff() > 0, 0)
+    threshold = entries_threshold(sae, kept.entries, len(x), kind.selection)
+    n_dead = (silent >= sae.config.dead_tokens).sum(dtype=torch.float32)
+    right = torch.ones_like(mse) if kept.right is None else kept.right
+    numbers = torch.stack([*StepNumbers(mse, aux, threshold, n_dead, right)])
+    return Gradients(kept, centred, g, d_value, d_b_enc, d_b_dec, d_aux, starts, silent, numbers)
 
-def update_(trainer, new: Gradients, lr):
+def entries_threshold(sae, entries, n_rows, selection):
+    """batch_threshold of the entries; for BatchTopK the smallest of this process's alone."""
+    if selection != "topk":
+        return entries.value.min() if len(entries.value) else entries.value.new_full((), math.inf)
+    least = entries.value.new_full((n_rows,), math.inf)
+    least = sae.processes.gather(least.scatter_reduce_(0, entries.row, entries.value, "amin")).amin(0)
+    none = ~(least < math.inf)
+    return (least.masked_fill(none, 0).sum() / (~none).sum()).nan_to_num(math.inf)
+
+def apply_(trainer, new: Gradients, lr, scale):
     """Change weights, biases, counters. lr: a number or a tensor, for kernels; operators ask the trainer."""
     if has_kernels(new.g) and not torch.is_tensor(lr):
         lr = torch.full_like(new.numbers[0], lr)
-    own = new.entries.own_gradients(new.g, loss_scale(trainer.x_std))  # of W_dec as it was
+    own = new.kept.own_gradients(new.g, scale)  # of W_dec as it was
     update_latents_(trainer, new, lr)
     for name, g in {"b_dec": new.d_b_dec, **own}.items():
         state = [getattr(trainer.sae, name).data, *trainer.adam[name]]
@@ -709,171 +872,170 @@ def update_(trainer, new: Gradients, lr):
     trainer.sae.tokens_since_fired.copy_(new.silent)
     trainer.n_fired += new.starts.diff()
 
-@functools.singledispatch
-def step_entries(sae, centred, hint, dtype, selection) -> StepEntries:
-    """The entries that a training step keeps of x - b_dec = centred."""
+def kept_entries(sae, centred, hint, dtype, selection) -> StepEntries:
+    """SAE.step_entries."""
     find = try_largest if can_try(sae, centred, hint) else find_entries
-    n, per_row = n_selected(sae.config, len(centred), selection)
-    return StepEntries(*find(sae, centred, hint, n, dtype, per_row))
+    found = find(sae, centred, hint, n_selected(sae.config, len(centred), selection), dtype, selection == "topk")
+    return found if find is try_largest else StepEntries(found)
 
-def n_selected(cfg, n_rows, selection) -> tuple[int, bool]:
-    """How many entries are kept of a batch, and whether it is that many of each row."""
-    return (cfg.row_k, True) if selection == "topk" else (cfg.n_kept(n_rows), False)
-
-@functools.singledispatch
-def search(sae, centred, selection, hint):
-    """latent, row and value of the active entries, by latent, then row. hint: see find_entries."""
-    if selection == "theta":
-        return find_entries(sae, centred, sae.get_theta())
-    n, per_row = n_selected(sae.config, len(centred), selection)
-    return find_entries(sae, centred, hint, n, per_row=per_row)
-
-known_dead = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other counters
-
-def count_dead(trainer) -> tuple[int, int]:
-    """How many dead latents this process has, and all together.
-
-    They are known from the step before, if nobody has changed the counters (which must not be done through
-    .data): the host need not wait. On a GPU they are rounded up to a power of two, so that steps are of few
-    kinds. L_aux then has room for so many, and takes as few tokens as for so many.
-    """
-    silent = trainer.sae.tokens_since_fired
-    counters, version, mine, total = known_dead.get(trainer, (None, 0, 0, 0))
-    if counters is not silent or version != silent._version:
-        mine = int(trainer.sae.is_dead().sum())
-        total = int(trainer.sae.processes.total(mine))
-    if mine and has_kernels(silent) and trainer.sae.processes.size == 1:
-        mine = total = 1 << (mine - 1).bit_length()
-    return mine, total
+def n_selected(cfg, n_rows, selection) -> int:
+    """How many entries are kept: for "topk" of each row."""
+    return row_k(cfg) if selection == "topk" else cfg.n_kept(n_rows)
 
 # Operation 1: find entries
 
 @torch.no_grad()
-def find_entries(sae, centred, hint, n=None, dtype=torch.float32, per_row=False):
-    """The n largest positive pre-activations of a batch (of each row, if per_row), or all that exceed `hint`.
+def find_entries(sae, centred, hint, n, dtype=torch.float32, per_row=False) -> Entries:
+    """The n largest positive pre-activations of a batch (of each row, if per_row).
 
-    Args: centred, x - b_dec [B, D]; hint, a number, or without n also one for each latent [F]. With n it is
-        where the search begins and changes nothing in the result: if fewer than n exceed it, all is repeated
-        (per_row: not used).
+    Args: centred, x - b_dec [B, D]; hint, a number where the search begins, which changes nothing in the
+        result: if fewer than n exceed it, all is repeated (per_row: not used).
         dtype, of the product. In bfloat16 it only nominates entries: their values are computed again in
         float32, and decide.
-    Returns: latent, row, value [m], by latent, then row.
     """
     for start in (0.0,) if per_row else (hint, 0.0):
-        index, value = largest_entries(sae, centred, start, n, dtype, per_row)
-        if n is None or not start or sae.processes.total(len(value)) >= n:
+        index, value = largest_above(sae, centred, start, n, dtype, per_row)
+        if not start or sae.processes.total(len(value)) >= n:
             break
-    if n is not None:
-        index, value = sae.processes.largest(index, value, n, len(centred) if per_row else 0)
-    return index // len(centred), index % len(centred), value
+    index, value = sae.processes.largest(index, value, n, len(centred) if per_row else 0)
+    return Entries(index // len(centred), index % len(centred), value)
 
-def largest_entries(sae, centred, hint, n, dtype, per_row=False):
-    """The n largest entries above `hint`, or all if they are fewer or n is None: index (latent · B + row) and
-    value, ascending. A NaN counts as above, so that it is seen.
+@torch.no_grad()
+def entries_above(sae, centred, threshold, dtype=torch.float32) -> Entries:
+    """All pre-activations that exceed a threshold: a number, or one for each latent [F]. dtype: see find_entries.
+    A NaN counts as above, so that it is seen."""
+    threshold = torch.as_tensor(threshold, dtype=torch.float32, device=centred.device).expand(len(sae.b_enc))
+    product = Product(sae, centred, dtype, False)
+    found = [product.above(part, z, threshold[part]) for part, z in product.chunks(1)]
+    index, value = map(torch.cat, zip(*found))
+    if dtype != torch.float32:
+        index, value = decided(sae, centred, index, threshold)
+    return Entries(index // len(centred), index % len(centred), value)
+
+def largest_above(sae, centred, hint, n, dtype, per_row):
+    """The n largest entries above `hint`, or all if they are fewer: index (latent · B + row) and value,
+    ascending.
 
     When more than twice what is wanted is held, only what can be among the n largest stays, and later entries
     must exceed these. So one pass is exact if `hint` is not above the true threshold. With per_row all this
     is done for each row; its threshold begins as the n-th largest of its first 16 n entries.
     """
-    n_rows, n_latents = len(centred), len(sae.b_enc)
-    parts = 4 if n is not None else 1  # in which thresholds rise; each waits for its size
-    most = max(1, min(-(-n_latents // parts), CHUNK_ENTRIES[centred.device.type] // n_rows))  # in each
-    columns, rest, noise = split_product(sae, centred, dtype, per_row)
-    scratch = torch.empty(most, n_rows, dtype=dtype, device=centred.device)
-    hint = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(n_latents)
-    thresholds, row_thresholds, wanted = hint, None, n * n_rows if per_row else n
+    n_rows, wanted = len(centred), n * len(centred) if per_row else n
+    hint = torch.as_tensor(hint, dtype=torch.float32, device=centred.device).expand(len(sae.b_enc))
+    product, threshold, row_threshold = Product(sae, centred, dtype, per_row), hint, None
     index, value = centred.new_empty(0, dtype=torch.int64), centred.new_empty(0)
-    start, size = 0, most
-    if n is not None and not (per_row or hint[0]):  # half of all exceed 0: begin with few, so that it rises
-        size = min(most, 1 + 2 * n // n_rows)
-    while start < n_latents:
-        part = slice(start, min(start + size, n_latents))
-        W = sae.W_enc[part].to(dtype)
-        z = torch.mm(W, columns, out=scratch[: len(W)])
-        if per_row and not start:
-            row_thresholds = row_level(z[: 16 * n], rest, noise, n)
-        new = chunk_entries(z, rest[part], noise, thresholds[part], row_thresholds)
-        index, value = torch.cat([index, new[0] + start * n_rows]), torch.cat([value, new[1]])
-        last = part.stop == n_latents
-        if n is not None and (last or len(value) > 2 * wanted):
-            noise_of = noise[index % n_rows] if per_row else noise
-            error = product_error(value - rest[index // n_rows], noise_of, dtype)
-            best, raised = n_largest(index % n_rows, value, error, n, row_thresholds)
+    rising = not (per_row or hint[0])  # half of all exceed 0: begin with few, so that it rises
+    for part, z in product.chunks(4, first=1 + 2 * n // n_rows if rising else None):
+        if per_row and not part.start:
+            row_threshold = product.row_level(z[: 16 * n], n)
+        new = product.above(part, z, threshold[part], row_threshold)
+        index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
+        if part.stop == len(sae.b_enc) or len(value) > 2 * wanted:
+            best, raised = n_largest(index % n_rows, value, product.error(index, value), n, row_threshold)
             index, value = index[best], value[best]
-            thresholds, row_thresholds = (hint, raised) if per_row else (raised.expand(n_latents), None)
-        start, size = part.stop, min(2 * size, most)
-    if dtype != torch.float32:  # then these are candidates, and float32 decides
-        latent, row = index // n_rows, index % n_rows
-        value = dots(sae.W_enc.float(), centred, latent, row) + sae.b_enc.float()[latent]
-        above = (~(value <= hint[latent])).nonzero().squeeze(1)  # a mask would wait twice
-        index, value = index[above], value[above]
-        if n is not None:
-            best, _ = n_largest(index % n_rows, value, None, n, row_thresholds)
-            index, value = index[best], value[best]
+            threshold, row_threshold = (hint, raised) if per_row else (raised.expand(len(hint)), None)
+    if dtype != torch.float32:
+        index, value = decided(sae, centred, index, hint)
+        best, _ = n_largest(index % n_rows, value, None, n, row_threshold)
+        index, value = index[best], value[best]
     return index, value
 
-def split_product(sae, centred, dtype, per_row):
-    """Z = W_enc columns + rest: columns [D, B] in this dtype, rest [F], and the noise of the product: a
-    number, or each row's [B].
+def decided(sae, centred, index, threshold):
+    """Of candidates (latent · B + row) those whose pre-activation exceeds their latent's threshold in float32,
+    and these values."""
+    latent, row = index // len(centred), index % len(centred)
+    value = dots(sae.W_enc.float(), centred, latent, row) + sae.b_enc.float()[latent]
+    above = (~(value <= threshold[latent])).nonzero().squeeze(1)  # a mask would wait twice
+    return index[above], value[above]
+
+class Product:
+    """Z = W_enc columns + rest in a dtype, some latents at a time: columns [D, B], rest [F].
 
     The errors of bfloat16 grow with ‖x‖, even where the product is small, as where all x share a large part
-    that W_enc ignores. So the mean of the batch is left out of the product, and multiplied in float32.
+    that W_enc ignores. So the mean of the batch is left out of the product, and multiplied in float32. What
+    error is left besides BFLOAT16_ERROR is `noise`: a number or, with per_row, each row's [B].
     """
-    if dtype == torch.float32:
-        return centred.T, sae.b_enc.float(), centred.new_zeros(len(centred) if per_row else ())
-    mean = centred.mean(0).nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite spoils no others
-    columns = torch.sub(centred, mean, out=torch.empty_like(centred, dtype=dtype))
-    size = torch.linalg.vector_norm(columns, dim=1 if per_row else None, dtype=torch.float32)
-    noise = size.nan_to_num_(0.0, 0.0, 0.0).mul_(BFLOAT16_NOISE / math.sqrt(columns.numel() / size.numel()))
-    return columns.T, torch.addmv(sae.b_enc.float(), sae.W_enc.float(), mean), noise
 
-def product_error(product, noise, dtype):
-    """By how much a product of this dtype may be wrong; None for float32."""
-    return None if dtype == torch.float32 else BFLOAT16_ERROR * product.abs() + noise
+    def __init__(self, sae, centred, dtype, per_row):
+        self.W_enc, self.dtype = sae.W_enc, dtype
+        if dtype == torch.float32:
+            self.columns, self.rest = centred.T, sae.b_enc.float()
+            self.noise = centred.new_zeros(len(centred) if per_row else ())
+            return
+        mean = centred.mean(0).nan_to_num(0.0, 0.0, 0.0)  # a token that is not finite spoils no others
+        columns = torch.sub(centred, mean, out=torch.empty_like(centred, dtype=dtype))
+        size = torch.linalg.vector_norm(columns, dim=1 if per_row else None, dtype=torch.float32)
+        noise = BFLOAT16_NOISE / math.sqrt(columns.numel() / size.numel())
+        self.noise = size.nan_to_num_(0.0, 0.0, 0.0).mul_(noise)
+        self.columns, self.rest = columns.T, torch.addmv(sae.b_enc.float(), sae.W_enc.float(), mean)
 
-def product_threshold(threshold, rest, noise, dtype):
-    """What a product of this dtype must exceed so that its pre-activation may exceed the threshold."""
-    least = threshold - rest
-    return least if dtype == torch.float32 else least.sub(least.abs(), alpha=BFLOAT16_ERROR).sub_(noise)
+    def chunks(self, parts, first=None):
+        """(which latents, their product [r, B]), in at least so many parts; `first` latents, then twice as
+        many as before. All use the same memory."""
+        (n_latents, _), (_, n_rows) = self.W_enc.shape, self.columns.shape
+        most = max(1, min(-(-n_latents // parts), CHUNK_ENTRIES[self.columns.device.type] // n_rows))
+        scratch = torch.empty(most, n_rows, dtype=self.dtype, device=self.columns.device)
+        start, size = 0, min(most, first or most)
+        while start < n_latents:
+            part = slice(start, min(start + size, n_latents))
+            W = self.W_enc[part].to(self.dtype)
+            yield part, torch.mm(W, self.columns, out=scratch[: len(W)])
+            start, size = part.stop, min(2 * size, most)
 
-def row_level(z, rest, noise, n):
-    """A threshold for each row [B] that n entries exceed, of which z [r, B] + rest are some; or 0."""
-    if len(z) < n:
-        return torch.zeros_like(z[0], dtype=torch.float32)
-    least = z if z.dtype == torch.float32 else torch.sub(z, z.abs(), alpha=BFLOAT16_ERROR)
-    least = ((least + rest[: len(z), None]) - noise).T.contiguous()
-    if least.device.type == "cpu":  # NumPy's is faster
-        least.numpy().partition(-n, axis=1)  # in place
-        nth = least[:, -n]
-    else:
-        nth = least.topk(n, sorted=False).values.amin(1)
-    return 0.999 * nth.clamp_min(0).nan_to_num()  # float32 rounds, too
+    def least(self, threshold, rest, noise):
+        """What a product must exceed so that its pre-activation may exceed the threshold."""
+        least = threshold - rest
+        if self.dtype == torch.float32:
+            return least
+        return least.sub(least.abs(), alpha=BFLOAT16_ERROR).sub_(noise)
 
-def chunk_entries(z, rest, noise, thresholds, row_thresholds):
-    """The entries z + rest [r, B] that may exceed their latent's threshold [r], or their row's [B]: index and
-    value, as the product tells it."""
-    if row_thresholds is not None:
-        least, noise = product_threshold(row_thresholds, 0.0, noise, z.dtype).to(z.dtype), 0.0
-        z.sub_(least)
-    found = flat_above(z, product_threshold(thresholds, rest, noise, z.dtype))
-    value = z.view(-1)[found] + rest[found // z.shape[1]]
-    return found, value if row_thresholds is None else value + least[found % z.shape[1]]
+    def above(self, part, z, threshold, row_threshold=None):
+        """The entries of a chunk z [r, B] that may exceed their latent's threshold [r], or their row's [B]:
+        index (latent · B + row) and value, as the product tells it."""
+        rest, noise, n_rows, least = self.rest[part], self.noise, z.shape[1], None
+        if row_threshold is not None:
+            least, noise = self.least(row_threshold, 0.0, noise).to(z.dtype), 0.0
+            z.sub_(least)
+        found = flat_above(z, self.least(threshold, rest, noise))
+        value = z.view(-1)[found] + rest[found // n_rows]
+        return found + part.start * n_rows, value if least is None else value + least[found % n_rows]
 
-def n_largest(row, value, error, n, row_thresholds):
+    def error(self, index, value):
+        """By how much the values of entries (latent · B + row) may be wrong; None for float32."""
+        if self.dtype == torch.float32:
+            return None
+        n_rows = self.columns.shape[1]
+        noise = self.noise[index % n_rows] if self.noise.ndim else self.noise
+        return BFLOAT16_ERROR * (value - self.rest[index // n_rows]).abs() + noise
+
+    def row_level(self, z, n):
+        """A threshold for each row [B] that n entries exceed, of which z [r, B] are the first; or 0."""
+        if len(z) < n:
+            return torch.zeros_like(z[0], dtype=torch.float32)
+        least = z if self.dtype == torch.float32 else torch.sub(z, z.abs(), alpha=BFLOAT16_ERROR)
+        least = ((least + self.rest[: len(z), None]) - self.noise).T.contiguous()
+        if least.device.type == "cpu":  # NumPy's is faster
+            least.numpy().partition(-n, axis=1)  # in place
+            nth = least[:, -n]
+        else:
+            nth = least.topk(n, sorted=False).values.amin(1)
+        return 0.999 * nth.clamp_min(0).nan_to_num()  # float32 rounds, too
+
+def n_largest(row, value, error, n, row_threshold):
     """Which entries can be among the n largest (of their row, if rows have thresholds), ascending, where a
     value may be wrong by the error; and what others must exceed: the n-th largest, or each row's."""
     low = value if error is None else value - error
-    if row_thresholds is None:
+    if row_threshold is None:
         best = low.topk(min(n, len(low)), sorted=False).indices
         raised = nth = low[best].nan_to_num(math.inf).min() if len(best) else low.new_zeros(())
     else:
-        place = row_places(row, len(row_thresholds), max(n, int(row.bincount(minlength=1).max())))
+        place = row_places(row, len(row_threshold), max(n, int(row.bincount(minlength=1).max())))
         values = functional.pad(low, [0, 1], value=-math.inf)[place]
         if values.device.type == "cpu":  # NumPy's is faster
             best = torch.from_numpy(values.numpy().argpartition(-n, axis=1)[:, -n:])
         else:
             best = values.topk(n, sorted=False).indices
-        raised = torch.fmax(row_thresholds, values.gather(1, best).amin(1))
+        raised = torch.fmax(row_threshold, values.gather(1, best).amin(1))
         best, nth = place.gather(1, best).flatten(), raised[row]
     if error is None:
         stays = torch.zeros(len(value) + 1, dtype=torch.bool, device=value.device)
@@ -926,49 +1088,49 @@ def sum_rows(rows, which, weights, starts):
 # Operation 4: update rows
 
 def update_latents_(trainer, new: Gradients, lr):
-    """Trainer.update_ of W_enc, W_dec and b_enc for the latents that got a gradient.
+    """Trainer.update_rows_ of W_enc, W_dec and b_enc for the latents that got a gradient."""
+    D, d_aux = new.g.shape[1], new.d_aux
+    if has_kernels(new.g) and D <= WIDEST:
+        return launch_update_latents_(trainer, new, lr)
+    learning = (new.starts.diff() > 0).index_fill_(0, d_aux.dead[d_aux.W_dec.any(1)], True)
+    size = UPDATE_ENTRIES[new.g.device.type] // D + 1  # gradients and rows are used while they are in the cache
+    for first in range(0, len(learning), size):
+        update_block_(trainer, new, first, learning[first : first + size])
+
+def update_block_(trainer, new, first, learning):
+    """update_latents_ of consecutive latents from `first` on, of which those that are `learning` got a gradient.
+
+    If most of them learn it is faster to step all without copies, and to give the others their rows back.
+    """
+    stop, most = first + len(learning), 2 * learning.sum() > len(learning)
+    latents = torch.arange(first, stop, device=learning.device)
+    latents = latents if most else latents[learning]
+    resting = (~learning).nonzero().squeeze(1)
+    for name, g in latent_gradients(new, latents, stop):
+        if not most:
+            trainer.update_rows_(name, g, latents)
+            continue
+        block = [t[first:stop] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
+        before = [t.index_select(0, resting) for t in block]
+        trainer.adam_(name, g, *block)
+        for rows, old in zip(block, before):
+            rows.index_copy_(0, resting, old)
+
+def latent_gradients(new, latents, stop):
+    """(name of a parameter, gradient of its rows) for ascending latents [r] below `stop`, in the order in which
+    they are needed. Others between them have no entries.
 
     The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec).
     """
-    g, d_aux, starts, row, value = new.g, new.d_aux, new.starts, new.entries.row, new.entries.value
-    if has_kernels(g) and g.shape[1] <= WIDEST:
-        return launch_update_(trainer, new, lr)
-    # For a block of latents at a time, so that gradients and rows are used while they are in the cache
-    learning = new.fired.index_fill(0, d_aux.dead[d_aux.W_dec.any(1)], True)
-    size = UPDATE_ENTRIES[g.device.type] // g.shape[1] + 1
-    for first in range(0, len(learning), size):
-        part = slice(first, min(first + size, len(learning)))
-        rows = first + learning[part].nonzero().squeeze(1)
-        nearly_all = 2 * len(rows) > part.stop - first
-        if nearly_all:  # then it is faster to step all of the block
-            rows = torch.arange(first, part.stop, device=g.device)
-        bounds = starts[torch.cat([rows, rows.new_tensor([part.stop])])]
-        span = slice(int(bounds[0]), int(bounds[-1]))
-        bounds = bounds - span.start
-
-        def update_(name, d):
-            if nearly_all:
-                update_block_(trainer, name, d, part, ~learning[part])
-            else:
-                trainer.update_(name, d, rows)
-
-        dead = torch.isin(d_aux.dead, rows)
-        places = torch.searchsorted(rows, d_aux.dead[dead])
-        d_W_dec = sum_rows(g, row[span], value[span], bounds)
-        update_("W_dec", d_W_dec.index_add_(0, places, d_aux.W_dec[dead]))
-        del d_W_dec
-        d_W_enc = sum_rows(new.centred, row[span], new.d_value[span], bounds)
-        update_("W_enc", d_W_enc.index_add_(0, places, d_aux.W_enc[dead]))
-        update_("b_enc", new.d_b_enc[rows])
-
-def update_block_(trainer, name, g, part, resting):
-    """Trainer.update_ of consecutive rows without copies: all are stepped, the resting get theirs back."""
-    block = [t[part] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
-    resting = resting.nonzero().squeeze(1)
-    before = [t.index_select(0, resting) for t in block]
-    trainer.adam_(name, g, *block)
-    for rows, old in zip(block, before):
-        rows.index_copy_(0, resting, old)
+    starts = new.starts[torch.cat([latents, latents.new_tensor([stop])])]
+    mine = slice(int(starts[0]), int(starts[-1]))
+    row, value, d_value = (t[mine] for t in (new.kept.entries.row, new.kept.entries.value, new.d_value))
+    starts, d_aux = starts - mine.start, new.d_aux
+    dead = torch.isin(d_aux.dead, latents)
+    place = torch.searchsorted(latents, d_aux.dead[dead])  # of the dead among the latents
+    yield "W_dec", sum_rows(new.g, row, value, starts).index_add_(0, place, d_aux.W_dec[dead])
+    yield "W_enc", sum_rows(new.centred, row, d_value, starts).index_add_(0, place, d_aux.W_enc[dead])
+    yield "b_enc", new.d_b_enc[latents]
 
 # The auxiliary loss, dense over the dead latents
 
@@ -979,15 +1141,15 @@ class AuxGradient(NamedTuple):
     b_enc: Tensor  # [m]
     W_dec: Tensor  # [m, D]
 
-def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int, scale) -> tuple[Tensor, AuxGradient]:
-    """auxiliary_loss and its gradient for m dead latents of this process, or fewer, and n_dead of all."""
-    cfg, none, n_latents = sae.config, sae.W_enc[:0], len(sae.b_enc)
-    if not n_dead or not cfg.aux_k:
+def auxiliary_gradient(sae, centred, residual, kind: StepKind) -> tuple[Tensor, AuxGradient]:
+    """auxiliary_loss and its gradient. There may be fewer dead latents than kind.n_dead says, not more."""
+    cfg, m, none, n_latents = sae.config, kind.n_dead, sae.W_enc[:0], len(sae.b_enc)
+    if not kind.n_dead_of_all or not cfg.aux_k:
         return residual.new_zeros(()), AuxGradient(none[:, 0].long(), none, none[:, 0], none)
     dead = sae.is_dead().nonzero_static(size=m, fill_value=n_latents).squeeze(1)
     exists, at = dead < n_latents, dead.clamp(max=n_latents - 1)
     W_enc, W_dec, b_enc = sae.W_enc[at], sae.W_dec[at], sae.b_enc[at]
-    n_rows = max(1, int(AUX_SHARE * len(centred) * cfg.n_latents / n_dead))
+    n_rows = max(1, int(AUX_SHARE * len(centred) * cfg.n_latents / kind.n_dead_of_all))
     k, centred = min(math.ceil(cfg.aux_k / sae.processes.size), m), centred[:n_rows]
     f = torch.addmm(b_enc, centred, W_enc.T)
     kept = exists.to(f.dtype).expand_as(f)
@@ -997,18 +1159,24 @@ def auxiliary_gradient(sae, centred, residual, m: int, n_dead: int, scale) -> tu
     f.mul_(kept)
     residual = residual[:n_rows] - sae.processes.sum_(f @ W_dec)
     aux = residual.square().sum(1).mean()
-    g = residual.mul_(-2 * cfg.aux_coef / len(centred) * scale)  # α · ∂L_aux/∂ê
+    g = residual.mul_(-2 * cfg.aux_coef / len(centred) * kind.scale)  # α · ∂L_aux/∂ê
     d_z = (g @ W_dec.T).mul_(kept)
     return aux, AuxGradient(dead, d_z.T @ centred, d_z.sum(0), f.T @ g)
 
-def sparse_entries(sae, x, selection):
+# Encoding
+
+def sparse_encoding(sae, x, selection):
     """SAE.encode_sparse without a matrix [B, F]; it computes in float32."""
     rows, hint = sae.as_rows(x), HINT * float(sae.theta.nan_to_num(0.0))
     size = 4096 if selection == "theta" else max(1, len(rows))  # with θ rows are independent: some at a time
     indices, values = [rows.new_empty(2, 0, dtype=torch.int64)], [rows.new_empty(0, dtype=torch.float32)]
     for start in range(0, len(rows), size):
         centred = (rows[start : start + size].float() - sae.b_dec.float()).contiguous()
-        latent, row, value = search(sae, centred, selection, hint)
+        if selection == "theta":
+            latent, row, value = entries_above(sae, centred, sae.get_theta())
+        else:
+            n = n_selected(sae.config, len(centred), selection)
+            latent, row, value = find_entries(sae, centred, hint, n, per_row=selection == "topk")
         order = row.argsort(stable=True)
         indices.append(torch.stack([start + row[order], latent[order]]))
         values.append(value[order])
@@ -1065,30 +1233,31 @@ def kernels_run(device: torch.device) -> bool:
 @torch.no_grad()
 def try_kernels(device):
     """RuntimeError unless small steps are those of operators. One latent always fires, four are dead."""
-    cfg = Config(d_model=160, n_latents=32 * processes.size, k=3, batch_size=80, device=str(device))
+    cfg = Config(d_model=160, n_latents=32, k=3, batch_size=80, device=str(device))
     x = torch.randn(80, 160, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
     trainer = Trainer(cfg)
     trainer.initialize_(x)
-    trainer.sae.processes = Processes()  # each of several tries alone
     trainer.sae.b_enc[:5] = torch.tensor([8.0, -20, -20, -20, -20])
     trainer.sae.tokens_since_fired[1:5] = 10**7
 
-    def step(works, *case):
+    def take(works, hint, *kind):
         kernels_work[device] = works
         try:
-            return trial_step(trainer, x, *case)
+            step = DirectStep(trainer, StepKind(*kind, loss_scale(trainer.x_std)))
+            return trial_step(step, x, hint, trainer.learning_rate())
         finally:
             del kernels_work[device]
 
-    hint = 0.7 * float(step(False, 0.0, (0, 0), "topk")[2])  # of its threshold; there are moments now, too
-    for case in ((hint, (4, 4), "topk"), (hint, (0, 0), "batch"), (0.0, (4, 4), "batch")):
-        check_same(trainer, lambda: step(True, *case), lambda: step(False, *case))
+    first = take(False, 0.0, "topk", 0, 0)  # there are moments now, too
+    hint = 0.7 * float(StepNumbers(*first).threshold)
+    for case in ((hint, "topk", 4, 4), (hint, "batch", 0, 0), (0.0, "batch", 4, 4)):
+        check_same(trainer, lambda: take(True, *case), lambda: take(False, *case))
 
-def trial_step(trainer, x, hint, n_dead, selection) -> Tensor:
-    """A step without a recording; returns its numbers."""
-    new = forward_backward(trainer.sae, x, hint, n_dead, loss_scale(trainer.x_std), selection)
-    update_(trainer, new, trainer.learning_rate())
-    return new.numbers
+def trial_step(step, x, hint, lr) -> Tensor:
+    """Take a DirectStep or RecordedStep; returns its numbers."""
+    numbers, *_ = step.compute(x, hint)
+    step.change_(lr)
+    return numbers
 
 def check_same(trainer, *ways):
     """RuntimeError unless two ways to take a step (they return its numbers) do the same. All is put back.
@@ -1099,7 +1268,7 @@ def check_same(trainer, *ways):
     found = []
     for way in ways:
         try:
-            changes = dict(zip(("mse", "L_aux", "threshold", "dead", "search"), way()))
+            changes = StepNumbers(*way())._asdict()
             changes |= {name: (t - old)[:: 1 + len(t) // 64] for name, (t, old) in state.items()}
             found.append({name: t.double().nan_to_num() for name, t in changes.items()})
         finally:
@@ -1111,7 +1280,7 @@ def check_same(trainer, *ways):
 
 def launch(kernel, grid, out, *arguments, **options):
     """Run a kernel with a program for each place of the grid, on the device of the tensor `out`."""
-    tensors = (t for t in (out, *arguments) if isinstance(t, Tensor))
+    tensors = (t for t in (out, *arguments, *options.values()) if isinstance(t, Tensor))
     assert all(t.is_contiguous() for t in tensors), "kernels read rows as they lie"
     with torch.cuda.device_of(out):
         kernel[grid](out, *arguments, **options)
@@ -1207,29 +1376,30 @@ def can_try(sae, centred, hint) -> bool:
     """Whether a step's search is try_largest: it needs kernels and a hint."""
     return has_kernels(centred) and sae.processes.size == 1 and (torch.is_tensor(hint) or hint > 0)
 
-def try_largest(sae, centred, hint, n, dtype, per_row=False):
-    """largest_entries without a wait: latent, row and value, and whether they are right, 0.0 or 1.0.
+def try_largest(sae, centred, hint, n, dtype, per_row=False) -> StepEntries:
+    """find_entries without a wait, and whether the result is right.
 
-    They are if n exceed the hint (per_row: in each row n exceed its level), and if not more were found than
+    It is if n exceed the hint (per_row: in each row n exceed its level), and if not more were found than
     CANDIDATES times as many as are kept, which it can hold.
     """
     n_rows, row_least = len(centred), None
     n_kept, size = n * n_rows if per_row else n, max(1, CHUNK_ENTRIES[centred.device.type] // n_rows)
-    columns, rest, noise = split_product(sae, centred, dtype, per_row)
-    least = product_threshold(0.0 if per_row else hint, rest, 0.0 if per_row else noise, dtype)
-    entries = torch.zeros(2, CANDIDATES * n_kept, dtype=torch.int64, device=centred.device)
+    product = Product(sae, centred, dtype, per_row)
+    rest, noise = product.rest, product.noise
+    least = product.least(0.0 if per_row else hint, rest, 0.0 if per_row else noise)
+    places = torch.zeros(2, CANDIDATES * n_kept, dtype=torch.int64, device=centred.device)
     found = torch.zeros(1, dtype=torch.int64, device=centred.device)
     if per_row:
         counts = torch.zeros(LEVELS, n_rows, dtype=torch.int32, device=centred.device)
         lowest = torch.zeros_like(rest[:1]).add_(hint / 256)
     for first in range(0, len(least), size):
-        z = torch.mm(sae.W_enc[first : first + size].to(dtype), columns)
+        z = torch.mm(sae.W_enc[first : first + size].to(dtype), product.columns)
         if per_row:
             level = raise_row_level_(counts, z, rest[first : first + size], noise, lowest, n)
-            row_least = product_threshold(level, 0.0, noise, dtype)
-        found = collect(z, least[first:], entries, found, first, row_least)
+            row_least = product.least(level, 0.0, noise)
+        found = collect(z, least[first:], places, found, first, row_least)
         del z  # before the next is made
-    latent, row = entries
+    latent, row = places
     value = launch_dots(sae.W_enc, centred, latent, row, found).add_(sae.b_enc[latent]).relu_()
     right = found[0] <= len(value)
     if per_row:
@@ -1241,9 +1411,9 @@ def try_largest(sae, centred, hint, n, dtype, per_row=False):
         best = value.topk(n, sorted=False).indices
     is_best = torch.zeros(len(value) + 1, dtype=torch.bool, device=centred.device).index_fill_(0, best, True)
     best = is_best[:-1].nonzero_static(size=n_kept).squeeze(1)  # in order
-    latent, row, value = latent[best], row[best], value[best]
-    right &= (value > (level[row] if per_row else hint)).all()
-    return latent, row, value, right.float()
+    entries = Entries(latent[best], row[best], value[best])
+    right &= (entries.value > (level[entries.row] if per_row else hint)).all()
+    return StepEntries(entries, right.float())
 
 # Operation 2: dot products at entries
 
@@ -1343,12 +1513,12 @@ def adam_at(W, mean, square, count, at, i, ok, g, lr, factor, epsilon, log_beta1
     tl.store(count + i, n)
 
 @kernel
-def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, square_dec, count_dec,
-                  b_enc, mean_b, square_b, count_b, row, value, d_value, starts, runs, g, c, d_b_enc,
-                  aux_place, aux_enc, aux_dec, lr, factor, epsilon, factor_dec, epsilon_dec,
-                  factor_b, epsilon_b, log_beta1, log_beta2, D,
+def update_kernel(W_enc, mean_enc, square_enc, count_enc, factor_enc, epsilon_enc,
+                  W_dec, mean_dec, square_dec, count_dec, factor_dec, epsilon_dec,
+                  W_b, mean_b, square_b, count_b, factor_b, epsilon_b, lr, log_beta1, log_beta2,
+                  row, value, d_value, starts, runs, g, c, d_b_enc, aux_place, aux_enc, aux_dec, D,
                   AUX: tl.constexpr, RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
-    """The whole update of latent l: it has the entries starts[l] ≤ e < starts[l + 1]."""
+    """The whole update of latent l: it has the entries starts[l] ≤ e < starts[l + 1]. Arguments come by name."""
     l, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, end = tl.load(starts + l), tl.load(starts + l + 1)
     first_run, end_run = (first + RUN - 1) // RUN, end // RUN  # the whole runs in between were summed before
@@ -1367,11 +1537,11 @@ def update_kernel(W_enc, mean_enc, square_enc, count_enc, W_dec, mean_dec, squar
         d_enc += tl.load(aux_enc + place * D + d, mask=ok, other=0.0)
     if tl.sum((d_dec != 0).to(tl.int32)) > 0:  # no gradient, no step
         i = l + tl.arange(0, 1)
-        adam_at(W_enc, mean_enc, square_enc, count_enc, l * D + d, i, d < D, d_enc, lr, factor, epsilon,
-                log_beta1, log_beta2, False)
+        adam_at(W_enc, mean_enc, square_enc, count_enc, l * D + d, i, d < D, d_enc, lr, factor_enc,
+                epsilon_enc, log_beta1, log_beta2, False)
         adam_at(W_dec, mean_dec, square_dec, count_dec, l * D + d, i, d < D, d_dec, lr, factor_dec,
                 epsilon_dec, log_beta1, log_beta2, True)
-        adam_at(b_enc, mean_b, square_b, count_b, i, i, i >= 0, tl.load(d_b_enc + i), lr, factor_b, epsilon_b,
+        adam_at(W_b, mean_b, square_b, count_b, i, i, i >= 0, tl.load(d_b_enc + i), lr, factor_b, epsilon_b,
                 log_beta1, log_beta2, False)
 
 @kernel
@@ -1385,55 +1555,58 @@ def log_betas(cfg):
     """log β₁ and log β₂: a kernel computes βⁿ as exp(n log β)."""
     return [math.log(beta) if beta else -math.inf for beta in (cfg.beta1, cfg.beta2)]
 
-def launch_update_(trainer, new, lr):
+def launch_update_latents_(trainer, new, lr):
     """update_latents_, all of a latent in one visit of its rows."""
-    entries, g, d_aux, starts = new.entries, new.g, new.d_aux, new.starts
-    sae, D, m, given = trainer.sae, g.shape[1], len(d_aux.dead), (entries.row, entries.value, new.d_value)
-    shape = dict(RUN=RUN, E=2, BLOCK=triton.next_power_of_2(D))
-    runs = g.new_empty(len(entries.row) // RUN, 2, D)
+    g, d_aux, starts, (latent, row, value) = new.g, new.d_aux, new.starts, new.kept.entries
+    D, m, given = g.shape[1], len(d_aux.dead), dict(row=row, value=value, d_value=new.d_value)
+    shape = dict(D=D, RUN=RUN, E=2, BLOCK=triton.next_power_of_2(D))
+    runs = g.new_empty(len(row) // RUN, 2, D)
     if len(runs):
-        launch(runs_kernel, (len(runs),), runs, entries.latent, *given, g, new.centred, D, **shape)
+        launch(runs_kernel, (len(runs),), runs, latent=latent, **given, g=g, c=new.centred, **shape)
     place = starts  # without AUX it is not read
     if m:
         place = torch.full((len(starts),), -1, device=g.device)
         place[d_aux.dead] = torch.arange(m, device=g.device)
-    enc, dec, b = ((getattr(sae, name).data, *trainer.adam[name]) for name in ("W_enc", "W_dec", "b_enc"))
-    rates = (rate for name in ("W_enc", "W_dec", "b_enc") for rate in trainer.adam_rates(name))
-    launch(update_kernel, (len(starts) - 1,), *enc, *dec, *b, *given, starts, runs, g, new.centred,
-           new.d_b_enc, place, d_aux.W_enc, d_aux.W_dec, lr, *rates, *log_betas(trainer.cfg), D,
-           AUX=m > 0, **shape)
+    state = {}
+    for end, name in dict(enc="W_enc", dec="W_dec", b="b_enc").items():
+        values = getattr(trainer.sae, name).data, *trainer.adam[name], *trainer.adam_rates(name)
+        parts = "W", "mean", "square", "count", "factor", "epsilon"
+        state |= {f"{part}_{end}": value for part, value in zip(parts, values)}
+    log_beta1, log_beta2 = log_betas(trainer.cfg)
+    launch(update_kernel, (len(starts) - 1,), state.pop("W_enc"), **state, lr=lr, log_beta1=log_beta1,
+           log_beta2=log_beta2, **given, starts=starts, runs=runs, g=g, c=new.centred, d_b_enc=new.d_b_enc,
+           aux_place=place, aux_enc=d_aux.W_enc, aux_dec=d_aux.W_dec, AUX=m > 0, **shape)
 
 # All that a step launches as two CUDA graphs
 
 class RecordedStep:
-    """The launches of a step of one kind, before the host's wait and after it, each repeated as one.
+    """DirectStep's launches before the host's wait, and those after it, each repeated as one.
 
     There are about a hundred, and each takes the host longer than the device. A graph reads and writes the
     tensors that it was recorded with; settings like TF32 stay as they were.
     """
 
-    def __init__(self, trainer, x, n_dead, selection, pool):
+    def __init__(self, trainer, x, kind: StepKind, pool):
         self.x, self.counters = torch.empty_like(x), trainer.sae.tokens_since_fired
         self.hint, self.lr = x.new_zeros(()), x.new_zeros(())
         self.before, self.after = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         options = dict(stream=recording_stream(x.device), capture_error_mode="thread_local")
         torch._C._cuda_clearCublasWorkspaces()  # or matrix products share memory that is another trainer's
         with torch.cuda.graph(self.before, pool, **options):
-            scale = loss_scale(trainer.x_std)
-            new = forward_backward(trainer.sae, self.x, self.hint, n_dead, scale, selection)
+            new = step_gradients(trainer.sae, self.x, self.hint, kind)
         with torch.cuda.graph(self.after, self.before.pool(), **options):
-            update_(trainer, new, self.lr)
+            apply_(trainer, new, self.lr, kind.scale)
         torch._C._cuda_clearCublasWorkspaces()
         # what the host reads; the memory of all else serves other recordings too: none is run between the two
-        self.result = Gradients(new.entries._replace(latent=None, row=None), *[None] * 9, new.numbers)
+        self.numbers, self.n_entries = new.numbers, len(new.kept.entries.value)
 
-    def forward_backward(self, x, hint):
+    def compute(self, x, hint):
         self.x.copy_(x)
         self.hint.fill_(hint)
         self.before.replay()
-        return self.result
+        return self.numbers, self.n_entries, 0.0
 
-    def update_(self, lr):
+    def change_(self, lr):
         self.lr.fill_(lr)
         self.after.replay()
         torch.autograd.graph.increment_version(self.counters)  # for count_dead
@@ -1441,64 +1614,62 @@ class RecordedStep:
 recording_stream = functools.cache(torch.cuda.Stream)  # torch.cuda.graph's own may lie on another device
 unrecorded = set()  # devices on which a recording failed
 
-def record(trainer, x, hint, n_dead, selection, pool) -> RecordedStep | None:
+def record(trainer, x, hint, kind, pool) -> RecordedStep | None:
     """A recording that does what its launches do one by one; else None, and there are none on this device."""
-    def replay():
-        numbers = step.forward_backward(x, hint).numbers
-        step.update_(trainer.learning_rate())
-        return numbers
-
+    lr = trainer.learning_rate()
     try:
         with torch.cuda.stream(torch.cuda.current_stream(x.device)):  # also after a recording that broke off
-            step = RecordedStep(trainer, x, n_dead, selection, pool)
-        check_same(trainer, replay, lambda: trial_step(trainer, x, hint, n_dead, selection))
+            step = RecordedStep(trainer, x, kind, pool)
+        check_same(trainer, lambda: trial_step(step, x, hint, lr),
+                   lambda: trial_step(DirectStep(trainer, kind), x, hint, lr))
         return step
     except Exception as error:  # out of memory, for one
         unrecorded.add(x.device)
-        recordings.clear()  # which frees memory
         why = f"{error.__context__ or error!r}".splitlines()[0]
         warnings.warn(f"CUDA graphs do not work on {x.device} ({why}): steps take longer")
 
 MOST_KINDS = 32  # how many kinds of steps are recorded for one trainer
-recordings = weakref.WeakKeyDictionary()  # by trainer, beside it: a copy of it has other tensors
 
-def find_recording(trainer, x, hint, n_dead, selection) -> RecordedStep | None:
-    """What was recorded for a step of this kind, if it comes at least for the second time.
+def find_recording(trainer, x, hint, kind: StepKind) -> RecordedStep | None:
+    """The recording of steps of this kind and shape, or None.
 
-    The first compiles the kernels, which cannot be done while recording.
+    It is made when they come for the second time: the first compiles the kernels, which cannot be done while
+    recording.
     """
-    sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
-    fits = x.is_cuda and sae.config.activation != "jumprelu" and x.shape[1] <= WIDEST
-    if not fits or x.device in unrecorded or not can_try(sae, x, hint):
+    if x.device in unrecorded:
+        trainer.cache.pop("recordings", None)  # which frees memory
         return None
-    tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])
-    tensors = tuple(t.data_ptr() for t in tensors)
-    bound, kind = (trainer.cfg, trainer.x_std, tensors), (x.shape, x.dtype, n_dead, selection)
-    if trainer not in recordings or recordings[trainer][0] != bound:
-        recordings[trainer] = bound, {}
-    known = recordings[trainer][1]
-    if kind in known and not known[kind]:
-        pool = next((step.before.pool() for step in known.values() if step), None)
-        known[kind] = record(trainer, x, hint, n_dead, selection, pool)
-    elif len(known) < MOST_KINDS:
-        known.setdefault(kind)
-    return known.get(kind)
+    jumps, wide = trainer.cfg.activation == "jumprelu", x.shape[1] > WIDEST
+    if not x.is_cuda or jumps or wide or not can_try(trainer.sae, x, hint):
+        return None
+    recordings, kind_of_all = recordings_of(trainer), (kind, x.shape, x.dtype)
+    if kind_of_all not in recordings:
+        if len(recordings) < MOST_KINDS:
+            recordings[kind_of_all] = None  # it came once
+    elif recordings[kind_of_all] is None:
+        pool = next((step.before.pool() for step in recordings.values() if step), None)
+        recordings[kind_of_all] = record(trainer, x, hint, kind, pool)
+    return recordings.get(kind_of_all)
 
-# ---- 9. Rivals: TopK, JumpReLU; standardised tokens ----------
+def recordings_of(trainer) -> dict:
+    """What was recorded for a trainer, by kind. Graphs have tensors and rates in them, and go if these change."""
+    sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
+    tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])
+    bound = trainer.cfg, trainer.x_std, tuple(t.data_ptr() for t in tensors)
+    if trainer.cache.get("recordings", (None,))[0] != bound:
+        trainer.cache["recordings"] = bound, {}
+    return trainer.cache["recordings"][1]
+
+# ---- 9. Rivals: TopK, JumpReLU -------------------------------
 
 class TopKSAE(SAE):
     """Keeps k latents of each token, in training and at inference."""
 
-    def select(self, z, selection):
-        return super().select(z, "topk")
+    def selection_for(self, asked):
+        return super().selection_for(asked) and "topk"
 
     def training_selection(self, tokens_seen):
         return "topk"
-
-@search.register(TopKSAE)
-def topk_search(sae, centred, selection, hint):
-    """The k largest positive entries of each row, whatever the selection."""
-    return search.dispatch(SAE)(sae, centred, "topk", hint)
 
 JUMP_START = 0.3  # share of the run in which JumpReLU selects as BatchTopK and all thresholds follow its θ;
 JUMP_AFTER = 0.1  # after topk_start at least this share
@@ -1512,20 +1683,78 @@ class JumpReLUSAE(SAE):
     def __init__(self, config):
         super().__init__(config)
         self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
-        # λ and the kernel's width ε, 0 at the start of a run: training's, so not saved with the SAE
-        self.register_buffer("penalty", torch.zeros(2, dtype=torch.float64), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        penalty = self.penalty  # stays as it is, on the host: a step need not wait for it
-        super()._apply(fn, recurse)
-        self.penalty = penalty
-        return self
+        # λ and the kernel's width ε, 0 at the start of a run. No buffer: it stays on the host, where a step
+        # need not wait for it, and is not saved with the SAE
+        self.penalty = torch.zeros(2, dtype=torch.float64)
 
     def get_theta(self):
         return self.log_threshold.exp()
 
-    def select(self, z, selection):
-        return super().select(z, "theta")
+    def selection_for(self, asked):
+        return super().selection_for(asked) and "theta"
+
+    def loss(self, x, selection="batch"):
+        """SAE.loss, with f as in a run of BatchTopK at first, and then with the penalty λ · L0."""
+        coef, width = self.penalty.tolist()
+        z, sparsity = self.pre_activations(x), 0 * self.log_threshold.sum()  # a gradient of 0, for Adam's counts
+        if coef:
+            f, n_active = jumprelu(z, self.get_theta(), width)
+            sparsity = coef * n_active / len(x)
+        else:
+            f = self.select(z, selection)
+        residual = x - self.decode(f)
+        mse = residual.square().sum(1).mean()
+        aux = auxiliary_loss(self, x, residual.detach())
+        return mse + self.config.aux_coef * aux + sparsity, mse, aux, f
+
+    def step_entries(self, centred, hint, dtype, selection):
+        """The entries above θ and those near it, whose f is 0 and which move the thresholds."""
+        coef, width = self.penalty.tolist()
+        if not coef:
+            zero = torch.zeros_like(self.log_threshold)
+            kept = super().step_entries(centred, hint, dtype, selection)
+            return kept._replace(own_gradients=lambda g, scale: {"log_threshold": zero})
+        lowest = (self.get_theta() - 0.51 * width).clamp_min(0)
+        latent, row, z = entries_above(self, centred, lowest, dtype)
+
+        def own_gradients(g, scale):
+            with torch.enable_grad():
+                f, n_active = jumprelu(z, self.get_theta()[latent], width)
+            slopes = dots(self.W_dec, g, latent, row), torch.full_like(n_active, scale * coef / len(centred))
+            [d] = torch.autograd.grad([f, n_active], [self.log_threshold], slopes)
+            return {"log_threshold": d}
+
+        active = (~(z <= self.get_theta()[latent])).nonzero().squeeze(1)
+        entries = Entries(latent[active], row[active], z[active])
+        return StepEntries(entries, None, coef, own_gradients)
+
+    def learn_thresholds_(self, trainer, stats):
+        """Adapt λ, so that L0 becomes k; until it begins set all thresholds to that of the batch."""
+        cfg = trainer.cfg
+        if self.penalty[0]:
+            self.penalty[0] *= (max(stats.l0, 1 / cfg.batch_size) / cfg.k) ** L0_RATE
+        elif stats.l0:
+            trainer.last_threshold = stats.threshold
+            self.log_threshold.data.fill_(math.log(stats.threshold))
+            if trainer.tokens_seen >= max(JUMP_START, cfg.topk_start + JUMP_AFTER) * cfg.tokens:
+                self.penalty[0] = stats.threshold**2 / 2  # an entry z takes about z² from the error
+                self.penalty[1] = WINDOW * math.sqrt(trainer.variance)
+
+    @torch.no_grad()
+    def calibrate(self, batches):
+        """Multiply all thresholds by one factor, so that L0 becomes k and methods are compared at equal L0.
+
+        It is the θ of a BatchTopK SAE whose Z are divided by the thresholds.
+        """
+        cfg, theta = dataclasses.replace(self.config, activation="batchtopk"), self.get_theta()
+        scaled = self.processes.keep_share_(make_sae(cfg)).to(self.W_dec.device)
+        scaled.found = self.found
+        scaled.W_enc.copy_(self.W_enc / theta[:, None])
+        scaled.b_enc.copy_(self.b_enc / theta)
+        scaled.b_dec.copy_(self.b_dec)
+        factor = scaled.calibrate(batches)
+        self.log_threshold.add_(math.log(factor))
+        return factor
 
 def jumprelu(z, theta, width):
     """f of z, and how many entries are active; both with a straight-through gradient for θ.
@@ -1536,118 +1765,17 @@ def jumprelu(z, theta, width):
     rise = near * (theta - theta.detach()) / width  # zeros that carry a gradient
     return z * active - theta.detach() * rise, (active - rise).sum()
 
-@loss.register(JumpReLUSAE)
-def jumprelu_loss(sae, x, selection="batch"):
-    """loss, with f as in a run of BatchTopK at first, and then with the penalty λ · L0."""
-    coef, width = sae.penalty.tolist()
-    z, sparsity = sae.pre_activations(x), 0 * sae.log_threshold.sum()  # a gradient of 0, for Adam's counts
-    if coef:
-        f, n_active = jumprelu(z, sae.get_theta(), width)
-        sparsity = coef * n_active / len(x)
-    else:
-        f = SAE.select(sae, z, selection)
-    residual = x - sae.decode(f)
-    mse = residual.square().sum(1).mean()
-    aux = auxiliary_loss(sae, x, residual.detach())
-    return mse + sae.config.aux_coef * aux + sparsity, mse, aux, f
-
-@search.register(JumpReLUSAE)
-def jumprelu_search(sae, centred, selection, hint):
-    """All entries above their latent's threshold, whatever the selection."""
-    return find_entries(sae, centred, sae.get_theta())
-
-@step_entries.register(JumpReLUSAE)
-def jumprelu_entries(sae, centred, hint, dtype, selection):
-    """The entries above θ and those near it, whose f is 0 and which move the thresholds."""
-    coef, width = sae.penalty.tolist()
-    if not coef:
-        zero = torch.zeros_like(sae.log_threshold)
-        entries = step_entries.dispatch(SAE)(sae, centred, hint, dtype, selection)
-        return entries._replace(own_gradients=lambda g, scale: {"log_threshold": zero})
-    lowest = (sae.get_theta() - 0.51 * width).clamp_min(0)
-    latent, row, z = find_entries(sae, centred, lowest, None, dtype)
-
-    def own_gradients(g, scale):
-        with torch.enable_grad():
-            f, n_active = jumprelu(z, sae.get_theta()[latent], width)
-        slopes = dots(sae.W_dec, g, latent, row), torch.full_like(n_active, scale * coef / len(centred))
-        [d] = torch.autograd.grad([f, n_active], [sae.log_threshold], slopes)
-        return {"log_threshold": d}
-
-    active = (~(z <= sae.get_theta()[latent])).nonzero().squeeze(1)
-    return StepEntries(latent[active], row[active], z[active], None, coef, own_gradients)
-
-@learn_thresholds_.register(JumpReLUSAE)
-def adapt_penalty_(sae, trainer, stats):
-    """Adapt λ, so that L0 becomes k; until it begins set all thresholds to that of the batch."""
-    cfg = trainer.cfg
-    if sae.penalty[0]:
-        sae.penalty[0] *= (max(stats.l0, 1 / cfg.batch_size) / cfg.k) ** L0_RATE
-    elif stats.l0:
-        trainer.last_threshold = stats.threshold
-        sae.log_threshold.data.fill_(math.log(stats.threshold))
-        if trainer.tokens_seen >= max(JUMP_START, cfg.topk_start + JUMP_AFTER) * cfg.tokens:
-            sae.penalty[0] = stats.threshold**2 / 2  # an entry z takes about z² from the error
-            sae.penalty[1] = WINDOW * math.sqrt(trainer.variance)
-
-@calibrate.register(JumpReLUSAE)
-@torch.no_grad()
-def calibrate_thresholds(sae, batches):
-    """Multiply all thresholds by one factor, so that L0 becomes k and methods are compared at equal L0.
-
-    It is the θ of a BatchTopK SAE whose Z are divided by the thresholds.
-    """
-    cfg, theta = dataclasses.replace(sae.config, activation="batchtopk"), sae.get_theta()
-    scaled = sae.processes.keep_share_(sae_class(cfg)(cfg)).to(sae.W_dec.device)
-    scaled.W_enc.copy_(sae.W_enc / theta[:, None])
-    scaled.b_enc.copy_(sae.b_enc / theta)
-    scaled.b_dec.copy_(sae.b_dec)
-    factor = calibrate(scaled, batches)
-    sae.log_threshold.add_(math.log(factor))
-    return factor
-
 SAES |= {"topk": TopKSAE, "jumprelu": JumpReLUSAE}
-
-def standardize(x, per_token: bool):
-    """(x', mean, std) with x = x'·std + mean: tokens standardised as in the authors' code, or x itself."""
-    if not per_token:
-        return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
-    return (x - mean) / std, mean, std
-
-def restore(sae: SAE, x_hat: Tensor, x: Tensor) -> Tensor:
-    """What SAE.decode gives, x_hat [..., D], in the units of x [..., D]."""
-    _, mean, std = standardize(x.to(sae.W_enc), sae.config.normalize == "token")
-    return x_hat * std + mean
-
-class StandardizedTokens:
-    """For normalize="token": an SAE that reads and writes standardised tokens. Only forward undoes it."""
-
-    def as_rows(self, x):
-        return standardize(super().as_rows(x), True)[0]
-
-    def forward(self, x, selection="theta"):
-        return restore(self, super().forward(x, selection), x)
-
-class TokenSAE(StandardizedTokens, SAE):
-    """BatchTopK on standardised tokens."""
-
-class TokenTopKSAE(StandardizedTokens, TopKSAE):
-    """TopK on standardised tokens."""
-
-class TokenJumpReLUSAE(StandardizedTokens, JumpReLUSAE):
-    """JumpReLU on standardised tokens."""
-
-SAES_ON_STANDARDIZED |= {"batchtopk": TokenSAE, "topk": TokenTopKSAE, "jumprelu": TokenJumpReLUSAE}
 
 # ---- 10. Activations of a language model ---------------------
 
 TINY_GPT2 = Path(__file__).resolve().parent / "tests" / "assets" / "tiny-gpt2"  # the embedded default model
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
     """Config, and what a run on a language model depends on. The command line's options are these fields."""
 
+    d_model: int = option(0, "D, width of the activations; 0: the model's")
     normalize: str = option("scale", "fit steps to the size of x, or standardise tokens")
     model: str = option("tiny-gpt2", "language model: a hub name, a local folder, or the embedded tiny-gpt2")
     layer: int = option(1, "block of the model that is read")
@@ -1661,8 +1789,6 @@ class RunConfig(Config):
     context: int = option(128, "tokens in a context; documents are packed, not padded (paper: 128)", low=2)
     prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
-    max_norm: float = option(4, "leave out tokens whose norm is over this multiple of the median; 0: none")
-    norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
     model_batch: int = option(0, "contexts in one forward pass of the model; 0: 4096 tokens, 32,768 on a GPU")
     buffer_tokens: int = option(131_072, "activations shuffled at a time; several passes want more", low=1)
     passes: int = option(1, "how often each activation is used: the model reads tokens / passes", low=1)
@@ -1672,7 +1798,7 @@ class RunConfig(Config):
 
     @classmethod
     def preset(cls, name: str, recipe: str = "ours", **overrides) -> RunConfig:
-        """One of PRESETS, trained by one of RECIPES, with some fields replaced; give at least d_model."""
+        """One of PRESETS, trained by one of RECIPES, with some fields replaced."""
         check_choice("preset", name, PRESETS)
         check_choice("recipe", recipe, RECIPES)
         return cls(**PRESETS[name] | RECIPES[recipe] | overrides)
@@ -1680,7 +1806,7 @@ class RunConfig(Config):
     @classmethod
     def load(cls, folder: str | os.PathLike) -> RunConfig:
         """The configuration of a run. InputError for an SAE saved from Python, which names no model."""
-        cfg, _ = load_config(Path(folder))
+        cfg, *_ = load_config(Path(folder))
         check(isinstance(cfg, cls), f"{str(folder)!r} holds no run: the SAE in it was saved from Python")
         return cfg
 
@@ -1707,6 +1833,7 @@ class LanguageModel:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         self.device, self.skip_special = resolve_device(device), skip_special
         self.norm_limit, self.left_out = norm_limit, None  # a run sets both at its start
+        self.processes = Processes()  # those that share its contexts
         dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
         dtype, source = choose_dtype(dtype, self.device), str(TINY_GPT2) if model == "tiny-gpt2" else model
         local = os.path.isdir(source)  # then the hub is never asked
@@ -1736,7 +1863,7 @@ class LanguageModel:
     @classmethod
     def from_config(cls, cfg: RunConfig) -> LanguageModel:
         lm = cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
-                 skip_special=cfg.skip_special, norm_limit=cfg.norm_limit)
+                 skip_special=cfg.skip_special)
         longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", cfg.context)
         check(cfg.context <= longest, f"context is {cfg.context}; the model reads at most {longest} tokens")
         return lm
@@ -1761,11 +1888,7 @@ class LanguageModel:
         raise InputError("the module at this site returns no tensor [n, T, D]; choose another")
 
     def is_read(self, ids: Tensor, h: Tensor) -> Tensor:
-        """Where the SAE reads activations h [n, T, D] of ids [n, T]: bool [n, T], is_kept up to norm_limit.
-
-        In many models a few tokens, mostly near the beginning, have norms a hundred times as large as the
-        others' (Sun et al. 2024, "Massive activations"). They would take a batch's latents for themselves.
-        """
+        """Where the SAE reads activations h [n, T, D] of ids [n, T]: bool [n, T], is_kept up to norm_limit."""
         kept = self.is_kept(ids)
         if self.norm_limit:
             kept &= ~(h.float().norm(dim=-1) > self.norm_limit)  # a NaN is read, so that it is noticed
@@ -1777,10 +1900,11 @@ class LanguageModel:
         Several processes share the contexts.
         """
         h = torch.zeros(*ids.shape, self.d_model, dtype=torch.float32, device=self.device)
-        mine, place = (t.tensor_split(processes.size)[processes.rank] for t in (ids, h))
+        size, rank = self.processes.size, self.processes.rank
+        mine, place = (t.tensor_split(size)[rank] for t in (ids, h))
         if len(mine):
             place.copy_(self.activations(mine))
-        read = self.is_read(ids, processes.sum_(h))
+        read = self.is_read(ids, self.processes.sum_(h))
         x = h[read]
         check_tokens(x, "the model's activations at this site are", "; try another --model-dtype, or site")
         return x, read
@@ -1901,7 +2025,7 @@ def find_part(lm, layer, site):
           "= resid_post was tried on 16 tokens); choose another site, or a module")
     return best
 
-def documents(cfg, split):
+def texts_of(cfg, split):
     """The texts of cfg.dataset for "train" or "held-out", once through, without blank ones."""
     texts = library_texts() if cfg.dataset == "stdlib" else dataset_texts(cfg)
     return (text for held_out, text in texts if held_out == (split == "held-out") and text.strip())
@@ -2048,10 +2172,10 @@ class Position(NamedTuple):
 
 TEXT_SHUFFLE = 8192  # contexts, because a few long documents could fill the buffer of activations
 
-def contexts(cfg, tokenizer, at=Position()):
+def training_contexts(cfg, tokenizer, at=Position()):
     """Training text without end: contexts [T] of token ids, each with the Position after it."""
     n, left = min(TEXT_SHUFFLE, -(-cfg.tokens // cfg.context)), threading.Event()
-    texts = itertools.islice(repeat(lambda: documents(cfg, "train")), at.documents, None)
+    texts = itertools.islice(repeat(lambda: texts_of(cfg, "train")), at.documents, None)
     texts = tokenise(tokenizer, itertools.takewhile(lambda text: not left.is_set(), texts))
     with ThreadPoolExecutor(1) as thread:
         pack_next = functools.partial(thread.submit, pack, cfg, tokenizer, texts, n)
@@ -2079,7 +2203,7 @@ def pass_contexts(cfg, lm) -> int:
 
 def activation_batches(cfg, lm, at=Position()):
     """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it."""
-    stream, most = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
+    stream, most = training_contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
     size = min(most, cfg.tokens) + cfg.context
     buffer = torch.empty(size, lm.d_model, dtype=lm.model.dtype, device=lm.device)
     while at.tokens < cfg.tokens:  # fill the buffer, then serve its rows, each pass in a random order
@@ -2111,7 +2235,7 @@ def held_out_contexts(cfg, tokenizer):
     n = math.ceil(cfg.eval_tokens / (cfg.context - 1))
     wanted, most = n * (cfg.context - 1), max(cfg.context - 1, int(HELD_OUT_SHARE * cfg.eval_tokens))
     found, enough, read = [], [0, 0], 0
-    for i, document in enumerate(tokenise(tokenizer, documents(cfg, "held-out"))):
+    for i, document in enumerate(tokenise(tokenizer, texts_of(cfg, "held-out"))):
         found.append(document)
         enough[i % 2] += min(len(document), most)
         read += len(document)
@@ -2141,29 +2265,6 @@ def shuffled_activations(cfg, lm, ids):
     x = torch.cat([lm.kept_activations(part)[0] for part in ids.split(pass_contexts(cfg, lm))])
     return x[random_order(len(x), 0).to(x.device)]
 
-class LeftOut(NamedTuple):
-    """What a limit on norms leaves out of activations."""
-    norm_limit: float
-    tokens: float  # share of the tokens
-    variance: float  # share of the variance of all
-
-def outliers(x: Tensor, max_norm: float) -> LeftOut:
-    """The limit of norms for a run whose first activations are x [n, D]: max_norm times their median.
-
-    Warns if, even so, under 1 % of the tokens that are kept hold over half of their variance.
-    """
-    norm = x.norm(dim=1)
-    limit = max_norm * float(norm.median())
-    distance = (x - x.mean(0)).square().sum(1).double()
-    out = norm > limit
-    kept = (x[~out] - x[~out].mean(0)).square().sum(1).double()
-    largest = kept.topk(len(kept) // 100).values
-    if largest.sum() > kept.sum() / 2:
-        share = float(largest.sum() / kept.sum())
-        warnings.warn(f"{share:.0%} of the variance is that of 1 % of the tokens; the SAE will mostly learn "
-                      "these; a lower max_norm leaves them out")
-    return LeftOut(limit, float(out.double().mean()), float(distance[out].sum() / distance.sum()))
-
 # ---- 11. Evaluation ------------------------------------------
 
 @torch.no_grad()
@@ -2171,7 +2272,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
              contexts: Tensor | None = None) -> dict:
     """Metrics on held-out activations [n, D], for both selections. Changes nothing in the SAE.
 
-    Returns {"tokens": how many, "batch": metrics, "theta": metrics}, the metrics being
+    Returns {"tokens": how many, "left_out": the share that was too large for the SAE (Config.max_norm), "batch":
+    metrics, "theta": metrics}, the metrics being
         l0, l0_histogram: mean active latents per token; [c] tokens with c active latents, c = 0, 1, 2 …
         mse, fvu: mean over tokens of ‖x - x̂‖²; Σ‖x - x̂‖² / Σ‖x - x̄‖², x̄ the mean of all tokens
         explained_variance, nmse: 1 - fvu; fvu of standardised tokens, x̄ their own means (the paper's)
@@ -2183,8 +2285,15 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
     Raises: Unavailable if θ was never estimated; InputError if batches are empty.
     """
     sae = sae if sae.W_dec.dtype == torch.float32 else copy.deepcopy(sae).float()
-    total, found = 0.0, {"batch": [], "theta": []}
-    for x in rebatch(batches, sae.config.batch_size, sae.W_dec.device):
+    total, n_given, found = 0.0, 0, {"batch": [], "theta": []}
+
+    def given():
+        nonlocal n_given
+        for x in leave_out(batches, 0):
+            n_given += len(x)
+            yield x
+
+    for x in batches_for(sae, given()):
         exact = x.double()
         total, square, std = total + exact.sum(0), exact.square().sum(1), exact.std(1)
         for selection, parts in found.items():
@@ -2192,8 +2301,9 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
             error = (exact - x_hat).square().sum(1)
             parts.append((error, square, std, active, fired))
     check(found["batch"], "there is nothing to evaluate: the batches hold no activations")
-    result = {"tokens": sum(len(error) for error, *_ in found["batch"])}
-    mean = total / result["tokens"]
+    n_tokens = sum(len(error) for error, *_ in found["batch"])
+    result = {"tokens": n_tokens, "left_out": 1 - n_tokens / n_given}
+    mean = total / n_tokens
     [losses] = splice_losses([sae], lm, contexts, mean.float()) if lm else [{"batch": {}, "theta": {}}]
     for selection, parts in found.items():
         *parts, fired = zip(*parts)
@@ -2215,7 +2325,7 @@ def reconstruct(sae, x, selection):
     (row, latent), value = sae.encode_sparse(x, selection)
     x_hat = sae.processes.sum_(sum_rows(sae.W_dec, latent, value, group_starts(row, len(x))))
     active = sae.processes.sum_(torch.bincount(row, minlength=len(x)))
-    return restore(sae, x_hat + sae.b_dec, x), active, torch.bincount(latent, minlength=len(sae.b_enc))
+    return restored(sae.config, x_hat + sae.b_dec, x), active, torch.bincount(latent, minlength=len(sae.b_enc))
 
 @torch.no_grad()
 def splice_losses(saes, lm, contexts, mean, on_context=None):
@@ -2285,7 +2395,7 @@ class ExportedSAE(nn.Module):
         self.theta = sae.get_theta().detach().cpu()  # no buffer, so that half() leaves it in float32
         self.k = int(sae.config.k) if sae.config.activation == "topk" else 0
         self.per_token: bool = sae.config.normalize == "token"
-        self.norm_limit: float = getattr(sae.config, "norm_limit", 0) or math.inf
+        self.norm_limit: float = sae.found.norm_limit or math.inf
 
     def _encode(self, x):
         """z [..., F] and where it is inactive. A NaN is active, so that it can be seen."""
@@ -2359,7 +2469,7 @@ def torchscript_files(sae, x, dtype):
     with explained(f"torch {torch.__version__} makes no TorchScript under Python {version}; take Python 3.13 "
                    "or older, or one of the other formats", Unavailable):
         scripted = torch.jit.script(ExportedSAE(sae, dtype).eval())
-    data = scripted.save_to_buffer(_extra_files={"config.json": config_json(sae.config)})
+    data = scripted.save_to_buffer(_extra_files={"config.json": config_json(sae)})
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
         for part in old.infolist():
             if not part.filename.endswith(".debug_pkl"):  # they hold the path and source of this file
@@ -2392,9 +2502,9 @@ def saelens_files(sae, *_):
         metadata |= dict(model_name=cfg.model, hf_hook_name=cfg.module or None,
                          model_class_name="AutoModelForCausalLM" if cfg.module else "HookedTransformer",
                          hook_name=cfg.module or f"blocks.{cfg.layer}.hook_{cfg.site}",
-                         context_size=cfg.context, prepend_bos=cfg.prepend_bos, dataset_path=cfg.dataset,
+                         context_size=cfg.context, prepend_bos=begins(sae), dataset_path=cfg.dataset,
                          seqpos_slice=[1, None] if cfg.skip_special else [None],
-                         exclude_special_tokens=cfg.skip_special, norm_limit=cfg.norm_limit or None)
+                         exclude_special_tokens=cfg.skip_special, norm_limit=sae.found.norm_limit or None)
     described = dict({"architecture": "topk", "k": int(cfg.k)} if topk else {"architecture": "jumprelu"},
                      d_in=cfg.d_model, d_sae=cfg.n_latents, dtype="float32", device="cpu",
                      apply_b_dec_to_input=True, reshape_activations="none", metadata=metadata,
@@ -2418,9 +2528,13 @@ def dictionary_learning_files(sae, *_):
     described = {"trainer": trainer, "buffer": {}}
     if isinstance(cfg, RunConfig):
         trainer |= dict(layer=cfg.layer, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
-        described["buffer"] = dict(ctx_len=cfg.context, prepend_bos=cfg.prepend_bos,
-                                   remove_bos=cfg.skip_special, norm_limit=cfg.norm_limit or None)
+        described["buffer"] = dict(ctx_len=cfg.context, prepend_bos=begins(sae), remove_bos=cfg.skip_special,
+                                   norm_limit=sae.found.norm_limit or None)
     return {"config.json": json.dumps(described, indent=2).encode(), "ae.pt": file.getvalue()}, {}
+
+def begins(sae) -> bool:
+    """Whether the contexts that an SAE was trained on began with a begin token."""
+    return sae.config.prepend_bos and sae.found.begin_token
 
 FORMATS = {"torchscript": torchscript_files, "saelens": saelens_files,
            "dictionary-learning": dictionary_learning_files}
@@ -2512,54 +2626,63 @@ def checksum(tensors, config):
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def trainer_state(trainer):
-    """All that steps change: copies of the trainer's numbers, and its tensors themselves."""
-    numbers, adam = {}, {}
-    for name, value in vars(trainer).items():
-        if name not in ("cfg", "device", "sae", "adam"):
-            assert isinstance(value, (int, float, Tensor)), f"{name} is a {type(value)}: not saved"
-            numbers[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-    for name, state in trainer.adam.items():
-        adam |= {f"{name}.{part}": t for part, t in zip(("mean", "square", "count"), state)}
-    parameters, buffers = dict(trainer.sae.named_parameters()), dict(trainer.sae.named_buffers())
-    return {**numbers, **{name: t.detach() for name, t in (parameters | buffers).items()}, **adam}
+TRAINER_NUMBERS = "tokens_seen", "steps", "x_std", "variance", "last_threshold"
 
-# Saving, loading, precision: methods that SAE gets here
+def trainer_state(trainer: Trainer) -> dict[str, Tensor]:
+    """All that steps change, by name: copies of the trainer's numbers, and its tensors themselves."""
+    sae = trainer.sae
+    state = {name: torch.tensor(getattr(trainer, name), dtype=torch.float64) for name in TRAINER_NUMBERS}
+    state["n_fired"] = trainer.n_fired
+    state |= {name: t.detach() for name, t in (*sae.named_parameters(), *sae.named_buffers())}
+    if isinstance(sae, JumpReLUSAE):
+        state["penalty"] = sae.penalty
+    for name, moments in trainer.adam.items():
+        state |= {f"{name}.{part}": t for part, t in zip(("mean", "square", "count"), moments)}
+    return state
 
-def config_json(cfg: Config) -> str:
-    """The text of config.json."""
-    return json.dumps(dataclasses.asdict(cfg), indent=2)
+def restore_trainer_(trainer: Trainer, saved: dict[str, Tensor]):
+    """Give a trainer what trainer_state gave of another."""
+    for name, t in trainer_state(trainer).items():
+        if name in TRAINER_NUMBERS:
+            setattr(trainer, name, type(getattr(trainer, name))(saved[name]))
+        else:
+            t.copy_(saved[name])
+
+# Saving, loading, precision: what methods of SAE do
+
+def config_json(sae: SAE) -> str:
+    """The text of config.json: what was asked, and in the block "found" what the run found."""
+    return json.dumps(dataclasses.asdict(sae.config) | {"found": dataclasses.asdict(sae.found)}, indent=2)
 
 def save_sae(sae: SAE, folder: str | os.PathLike):
-    """Write config.json and sae.safetensors into `folder`, each whole or not at all."""
-    text, tensors, folder = config_json(sae.config), sae.processes.all_latents(sae.state_dict()), Path(folder)
+    """SAE.save."""
+    text, tensors, folder = config_json(sae), sae.processes.all_latents(sae.state_dict()), Path(folder)
     if sae.processes.rank == 0:
         save_tensors(folder / "sae.safetensors", tensors, text)
         write_atomically(folder / "config.json", text.encode())
 
 @torch.inference_mode(False)
 def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
-    """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged."""
-    (cfg, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
+    """SAE.load."""
+    (cfg, found, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
     said = f"{str(folder)!r} is unfinished; continue it with `train --resume {str(folder)!r}`"
     check(path.is_file(), said, Unavailable)
     tensors = load_tensors(path, text)
-    sae = sae_class(cfg)(cfg)
+    sae = make_sae(cfg)
     sae.load_state_dict(tensors)
+    sae.found = found
     return sae.to(device)
 
-def convert_(sae: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
-    """What to() and half() call. Thresholds stay in float32: bfloat16 would move θ by up to 0.4 %."""
+def in_float32(sae: SAE, convert: Callable, fn: Callable[[Tensor], Tensor], recurse: bool) -> SAE:
+    """SAE._apply: convert(fn, recurse), after which thresholds are what they were, moved alone."""
     exact = {name: t for name, t in sae.state_dict().items() if name in ("theta", "log_threshold")}
-    nn.Module._apply(sae, fn, recurse)
+    convert(fn, recurse)
     for name, t in exact.items():
         getattr(sae, name).data = t.to(sae.W_dec.device)
     return sae
 
-SAE.save, SAE.load, SAE._apply = save_sae, staticmethod(load_sae), convert_
-
-def load_config(folder: Path) -> tuple[Config, str]:
-    """The configuration of a saved SAE, and its text, which the checksum of the SAE includes.
+def load_config(folder: Path) -> tuple[Config, Found, str]:
+    """The configuration of a saved SAE, what its run found, and the file's text, which the checksum includes.
 
     Unavailable if there is none, InputError if it is damaged or older.
     """
@@ -2568,9 +2691,11 @@ def load_config(folder: Path) -> tuple[Config, str]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
+        found = values.pop("found", None) or {"norm_limit": values.pop("norm_limit", 0.0)}  # once a field
         kind = RunConfig if "model" in values else Config
         known = {field.name for field in dataclasses.fields(kind)}
-        return kind(**{name: value for name, value in BEFORE.items() if name in known} | values), text
+        before = {name: value for name, value in BEFORE.items() if name in known}
+        return kind(**before | values), Found(**found), text
     except Exception as error:
         raise InputError(f"{str(path)!r} was not written by this version of batchtopk: {error}") from None
 
@@ -2580,22 +2705,26 @@ def load_config(folder: Path) -> tuple[Config, str]:
 # never sent, only activations, the largest values and reconstructions. In the auxiliary loss each process
 # takes its share of k_aux from its own dead latents.
 
+@dataclass(frozen=True)
 class Processes:
-    """Those that share an SAE's latents. One alone has them all: what it sums or gathers is its own."""
-    rank, size = 0, 1
+    """Those that share an SAE's latents. One alone has them all: of its own are all sums and maxima."""
+    rank: int = 0
+    size: int = 1
 
-    def join(self, device: str):
+    @classmethod
+    def join(cls, device: str) -> Processes:
         """Under torchrun, join the others: NCCL on GPUs, one for each, otherwise gloo."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or self.size > 1:
-            return
-        cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
-        local = int(os.environ["LOCAL_RANK"])
-        if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
-            raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
-        if cuda:
-            torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        if not dist.is_initialized():
+            cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+            local = int(os.environ["LOCAL_RANK"])
+            if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
+                raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
+            if cuda:
+                torch.cuda.set_device(local)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
 
     def share(self, cfg: Config) -> slice:
         """The latents of this process."""
@@ -2663,5 +2792,4 @@ class Processes:
                 state[name] = mine if self.rank else latents
         return state
 
-SAE.processes = Processes()  # a whole SAE, as load gives it; keep_share_ sets that of a share
-processes = Processes()  # those that torchrun started
+SAE.processes = Processes()  # of a whole SAE; keep_share_ gives a share its own
