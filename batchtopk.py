@@ -232,12 +232,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> float:
-        """Set θ to the mean over held-out batches of their threshold, the smallest entry that is kept; return it.
-        Used for each token alone, it keeps about k entries on average.
-
-        batches: any iterable of tensors [n, D] of any n, of which batches of B are made; a smaller rest and
-        tokens that are too large (Config.max_norm) are left out. InputError if no entry is positive.
-        """
+        """Set θ to the mean threshold of held-out batches, the smallest entry kept of each, and return it. Used
+        for each token alone, θ keeps about k entries on average. batches: any iterable of tensors [n, D] of any
+        n, cut into batches of B; a smaller rest and tokens that are too large (Config.max_norm) are left out.
+        InputError if no entry is positive."""
         batches = batches_for(self, batches)
         found = [(len(x), smallest(self, self.encode_sparse(x, "batch")[1])) for x in batches]  # ∞: none
         thresholds = [threshold for n, threshold in found if n == found[0][0] and threshold < math.inf]
@@ -588,6 +586,14 @@ def restored(cfg: Config, x_hat: Tensor, x: Tensor) -> Tensor:
         return x_hat
     _, mean, std = standardize(x.to(x_hat), True)
     return x_hat * std + mean
+
+def in_float32(sae: SAE, convert: Callable, fn: Callable[[Tensor], Tensor], recurse: bool) -> SAE:
+    """SAE._apply: convert(fn, recurse), after which thresholds are what they were, moved alone."""
+    exact = {name: t for name, t in sae.state_dict().items() if name in ("theta", "log_threshold")}
+    convert(fn, recurse)
+    for name, t in exact.items():
+        getattr(sae, name).data = t.to(sae.W_dec.device)
+    return sae
 
 def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of a parameter the mean, the mean square and the number of its gradients: zeros at first.
@@ -2469,7 +2475,7 @@ def torchscript_files(sae, x, dtype):
     with explained(f"torch {torch.__version__} makes no TorchScript under Python {version}; take Python 3.13 "
                    "or older, or one of the other formats", Unavailable):
         scripted = torch.jit.script(ExportedSAE(sae, dtype).eval())
-    data = scripted.save_to_buffer(_extra_files={"config.json": config_json(sae)})
+    data = scripted.save_to_buffer(_extra_files={"config.json": config_json(sae.config, sae.found)})
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
         for part in old.infolist():
             if not part.filename.endswith(".debug_pkl"):  # they hold the path and source of this file
@@ -2650,13 +2656,14 @@ def restore_trainer_(trainer: Trainer, saved: dict[str, Tensor]):
 
 # Saving, loading, precision: what methods of SAE do
 
-def config_json(sae: SAE) -> str:
-    """The text of config.json: what was asked, and in the block "found" what the run found."""
-    return json.dumps(dataclasses.asdict(sae.config) | {"found": dataclasses.asdict(sae.found)}, indent=2)
+def config_json(cfg: Config, found: Found = Found()) -> str:
+    """The text of config.json: what was asked, and in a block what the run found."""
+    return json.dumps(dataclasses.asdict(cfg) | {"found": dataclasses.asdict(found)}, indent=2)
 
 def save_sae(sae: SAE, folder: str | os.PathLike):
     """SAE.save."""
-    text, tensors, folder = config_json(sae), sae.processes.all_latents(sae.state_dict()), Path(folder)
+    text, folder = config_json(sae.config, sae.found), Path(folder)
+    tensors = sae.processes.all_latents(sae.state_dict())
     if sae.processes.rank == 0:
         save_tensors(folder / "sae.safetensors", tensors, text)
         write_atomically(folder / "config.json", text.encode())
@@ -2672,14 +2679,6 @@ def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
     sae.load_state_dict(tensors)
     sae.found = found
     return sae.to(device)
-
-def in_float32(sae: SAE, convert: Callable, fn: Callable[[Tensor], Tensor], recurse: bool) -> SAE:
-    """SAE._apply: convert(fn, recurse), after which thresholds are what they were, moved alone."""
-    exact = {name: t for name, t in sae.state_dict().items() if name in ("theta", "log_threshold")}
-    convert(fn, recurse)
-    for name, t in exact.items():
-        getattr(sae, name).data = t.to(sae.W_dec.device)
-    return sae
 
 def load_config(folder: Path) -> tuple[Config, Found, str]:
     """The configuration of a saved SAE, what its run found, and the file's text, which the checksum includes.

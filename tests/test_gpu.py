@@ -29,7 +29,7 @@ def expected(cfg, n, monkeypatch):
         return steps(trainer, n), bt.trainer_state(trainer)
 
 def recorded(trainer):
-    return sum(step is not None for step in bt.recordings.get(trainer, ((), {}))[1].values())
+    return sum(step is not None for step in bt.recordings_of(trainer).values())
 
 @pytest.fixture(autouse=True)
 def no_warnings(monkeypatch):
@@ -106,7 +106,7 @@ def test_kinds_beyond_the_most_are_not_recorded(monkeypatch):
 
 @pytest.mark.parametrize("where", ["in the first graph", "in the second graph", "in the trial"])
 def test_a_recording_without_memory_is_told_once_and_training_goes_on(where, monkeypatch):
-    name = {"in the first graph": "forward_backward", "in the second graph": "update_",
+    name = {"in the first graph": "step_gradients", "in the second graph": "apply_",
             "in the trial": "check_same"}[where]
     function = getattr(bt, name)
 

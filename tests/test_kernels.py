@@ -89,11 +89,11 @@ def test_each_rows_largest_are_found_whatever_the_sizes_of_rows(latents, dtype, 
         assert torch.equal(torch.stack(exact[:2]), dense.nonzero().T) and len(exact[0]) == 16 * n
         torch.testing.assert_close(exact[2], dense[dense > 0], atol=1e-5, rtol=1e-5)
         for hint in (4.0, 16.0):
-            latent, row, value, right = bt.try_largest(sae, centred, hint, n, dtype, per_row=True)
+            (latent, row, value), right, *_ = bt.try_largest(sae, centred, hint, n, dtype, per_row=True)
             assert right == 1 and torch.equal(latent, exact[0]) and torch.equal(row, exact[1])
             torch.testing.assert_close(value, exact[2], atol=1e-5, rtol=1e-5)
         for hint in (1e4, 1e-4):  # too high for the small rows, so low that the last level holds too many
-            assert not bt.try_largest(sae, centred, hint, n, dtype, per_row=True)[3]
+            assert not bt.try_largest(sae, centred, hint, n, dtype, per_row=True).right
 
 def test_a_rows_level_is_its_nth_largest_rounded_down():
     z, b = 4 * randn(50, 300).bfloat16(), 0.1 * randn(50, seed=1)
@@ -119,7 +119,7 @@ def test_try_largest_is_the_exact_search_or_says_that_it_failed(dtype, monkeypat
             exact = bt.find_entries(sae, centred, 0.0, n)
         for factor in (0.2, 0.9, 0.9999, 1.0, 1.5, 1e6):
             hint = factor * float(exact[2].min())
-            latent, row, value, right = bt.try_largest(sae, centred, hint, n, dtype)
+            (latent, row, value), right, *_ = bt.try_largest(sae, centred, hint, n, dtype)
             if right:
                 assert factor < 1 and torch.equal(latent, exact[0]) and torch.equal(row, exact[1])
                 torch.testing.assert_close(value, exact[2], atol=1e-5, rtol=1e-5)
@@ -198,7 +198,7 @@ def test_loss_and_gradients_are_the_papers(case, rule, monkeypatch):
             self.last_threshold = float(least) / bt.HINT * 0.999
     for name, value in (("Trainer", Started), ("RUN", 4)):
         monkeypatch.setattr(bt, name, value)
-    attempted, searched = (count_calls(monkeypatch, name) for name in ("try_largest", "largest_entries"))
+    attempted, searched = (count_calls(monkeypatch, name) for name in ("try_largest", "largest_above"))
     test_method.test_loss_and_gradients_are_the_papers("sparse", case, 17, rule, monkeypatch)
     if rule == "batchtopk":
         assert attempted and bool(searched) == (case == "fewer positives than N"), "one attempt is enough"
@@ -252,9 +252,8 @@ def test_a_frequent_latent_is_summed_in_runs(d_model, monkeypatch):
             trainer = bt.Trainer(cfg)
             trainer.x_std, trainer.variance = 1.0, 1.0
             starts = bt.group_starts(latent, 4)
-            entries, fired = bt.StepEntries(latent, row, value), starts[1:] > starts[:-1]
-            new = bt.Gradients(entries, centred, g, d_value, randn(4, seed=3), None, nothing, starts, fired,
-                               None, None)
+            kept = bt.StepEntries(bt.Entries(latent, row, value))
+            new = bt.Gradients(kept, centred, g, d_value, randn(4, seed=3), None, nothing, starts, None, None)
             with context():
                 bt.update_latents_(trainer, new, torch.tensor(1e-3))
             states.append(bt.trainer_state(trainer))
@@ -313,7 +312,7 @@ def test_a_batch_may_lie_in_memory_as_it_likes():
 
 def test_rows_too_wide_for_one_program_take_the_operators(monkeypatch):
     monkeypatch.setattr(bt, "WIDEST", 8)
-    monkeypatch.setattr(bt, "launch_update_", lambda *_: pytest.fail("12 are wider than 8"))
+    monkeypatch.setattr(bt, "launch_update_latents_", lambda *_: pytest.fail("12 are wider than 8"))
     trainer = bt.Trainer(config())
     for i in range(2):
         assert trainer.step(randn(16, 12, seed=i)).l0 == 3
@@ -403,8 +402,8 @@ def test_a_step_launches_few_kernels_and_waits_once(n_dead, aux_k, most, changes
                 assert len(host.waited) == waited, "a CUDA graph cannot wait"
                 return result
             monkeypatch.setattr(bt, name, call)
-        as_recorded("forward_backward")
-        as_recorded("update_")
+        as_recorded("step_gradients")
+        as_recorded("apply_")
         stats = trainer.step(x)
     assert stats.dead == n_dead and bool(stats.aux) == bool(n_dead)
     assert host.waited == ["tolist"] and len(recorded) == 2
@@ -522,7 +521,7 @@ def some_steps(steps=6, **changes):
 def test_recorded_steps_give_the_bits_of_those_that_are_not(changes, graphs, monkeypatch):
     """Of BatchTopK, TopK, and BatchTopK after it; and a first replay changes nothing beside the step itself."""
     stats, state, trainer = some_steps(**changes)
-    kinds = bt.recordings[trainer][1]
+    kinds = bt.recordings_of(trainer)
     assert sum(step is not None for step in kinds.values()) == len(kinds) > ("topk_start" in changes)
     monkeypatch.setattr(bt, "find_recording", lambda *arguments: None)
     others = some_steps(**changes)
@@ -534,9 +533,9 @@ def test_a_recording_that_fails_or_goes_wrong_is_not_used(fault, said, graphs, m
     """It is told once, training goes on as without it, and no other trainer records."""
     monkeypatch.setattr(Graph, "fault", fault)
     with pytest.warns(UserWarning, match=f"CUDA graphs do not work on cpu .*{said}.*: steps take longer") as told:
-        stats, state, _ = some_steps(5)
-        some_steps(3)
-    assert len(told) == 1 and not bt.recordings
+        stats, state, first = some_steps(5)
+        *_, second = some_steps(3)
+    assert len(told) == 1 and "recordings" not in first.cache.keys() | second.cache.keys()
     monkeypatch.setattr(bt, "find_recording", lambda *arguments: None)
     others = some_steps(5)
     assert stats == others[0] and same_tensors(state, others[1])
