@@ -2539,14 +2539,18 @@ def save_sae(sae: SAE, folder: str | os.PathLike):
 
 @torch.inference_mode(False)
 def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
-    """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged."""
+    """Read what save_sae wrote. Unavailable if there is nothing, InputError if it is damaged.
+
+    Its weights take no gradients, so that latents can be used as they are; x still gets its own. To train it
+    by hand call requires_grad_().
+    """
     (cfg, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
     said = f"{str(folder)!r} is unfinished; continue it with `train --resume {str(folder)!r}`"
     check(path.is_file(), said, Unavailable)
     tensors = load_tensors(path, text)
     sae = sae_class(cfg)(cfg)
     sae.load_state_dict(tensors)
-    return sae.to(device)
+    return sae.requires_grad_(False).to(device)
 
 def convert_(sae: SAE, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
     """What to() and half() call. Thresholds stay in float32: bfloat16 would move θ by up to 0.4 %."""
