@@ -2380,6 +2380,15 @@ def torchscript_files(sae, x, dtype):
     compared = {"flipped": int(flips.sum()), "largest_difference": float(difference.abs().max())}
     return {"": file.getvalue()}, {"exported_l0": int((found != 0).sum()) / len(x), **compared}
 
+def public_name(model: str) -> str:
+    """The hub name of a model in a local folder, if its config.json knows one; else `model` itself."""
+    from huggingface_hub.utils import validate_repo_id
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        name = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+        validate_repo_id(name)  # a path does not pass
+        return name or model
+    return model
+
 def saelens_files(sae, *_):
     """SAELens's layout, version 6: cfg.json and sae_weights.safetensors."""
     from safetensors.torch import save
@@ -2389,7 +2398,7 @@ def saelens_files(sae, *_):
     metadata = dict(sae_lens_version="6.0.0", training_architecture=cfg.activation,
                     model_from_pretrained_kwargs={})
     if isinstance(cfg, RunConfig):  # a Config does not say what the SAE reads
-        metadata |= dict(model_name=cfg.model, hf_hook_name=cfg.module or None,
+        metadata |= dict(model_name=public_name(cfg.model), hf_hook_name=cfg.module or None,
                          model_class_name="AutoModelForCausalLM" if cfg.module else "HookedTransformer",
                          hook_name=cfg.module or f"blocks.{cfg.layer}.hook_{cfg.site}",
                          context_size=cfg.context, prepend_bos=cfg.prepend_bos, dataset_path=cfg.dataset,
@@ -2417,7 +2426,8 @@ def dictionary_learning_files(sae, *_):
                    dict_size=cfg.n_latents)
     described = {"trainer": trainer, "buffer": {}}
     if isinstance(cfg, RunConfig):
-        trainer |= dict(layer=cfg.layer, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
+        trainer |= dict(layer=cfg.layer, lm_name=public_name(cfg.model),
+                        submodule_name=cfg.module or cfg.site)
         described["buffer"] = dict(ctx_len=cfg.context, prepend_bos=cfg.prepend_bos,
                                    remove_bos=cfg.skip_special, norm_limit=cfg.norm_limit or None)
     return {"config.json": json.dumps(described, indent=2).encode(), "ae.pt": file.getvalue()}, {}

@@ -310,6 +310,25 @@ def test_other_formats_say_what_a_run_has_read(module, hook, tmp_path):
     read = json.loads((tmp_path / "dictionary-learning/config.json").read_text())["buffer"]
     assert read == {"ctx_len": 128, "prepend_bos": True, "remove_bos": True, "norm_limit": 3.0}
 
+@pytest.mark.parametrize("text, named", [
+    ('{"_name_or_path": "gpt2"}', "gpt2"), ('{"_name_or_path": "maker/small-1.0"}', "maker/small-1.0"),
+    *((text, None) for text in ('{"_name_or_path": "/data/small"}', '{"_name_or_path": "./small"}', "[1]",
+                                '{"_name_or_path": "a/b/c"}', '{"_name_or_path": ""}', "{", None,
+                                '{"_name_or_path": null}', '{"_name_or_path": [7]}', '{"other": 1}'))])
+def test_other_formats_name_a_model_in_a_local_folder_as_the_hub_does(text, named, tmp_path):
+    """Bug here once: they held the path on the machine that trained, which had to be edited by hand."""
+    model = tmp_path / "model"
+    model.mkdir()
+    if text:
+        (model / "config.json").write_text(text)
+    sae = bt.SAE(bt.RunConfig(d_model=8, n_latents=16, k=2, device="cpu", model=str(model)))
+    sae.theta.fill_(1.0)
+    for format, file, place, key in (("saelens", "cfg.json", "metadata", "model_name"),
+                                     ("dictionary-learning", "config.json", "trainer", "lm_name")):
+        bt.export(sae, tmp_path / format, format=format)
+        said = json.loads((tmp_path / format / file).read_text())[place][key]
+        assert said == (named or str(model))
+
 @pytest.mark.parametrize("normalize, activation", [
     ("scale", "batchtopk"), ("token", "batchtopk"), ("scale", "jumprelu"), ("scale", "topk")])
 def test_other_formats_hold_the_sae_or_are_refused(planted, normalize, activation, tmp_path):
