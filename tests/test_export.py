@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 
 import batchtopk as bt
+from conftest import same_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 ROOT = Path(__file__).resolve().parent.parent
@@ -360,6 +362,158 @@ def test_other_formats_hold_the_sae_or_are_refused(planted, normalize, activatio
     assert activation == "topk" or torch.equal(z * (z > t["threshold"]), expected)
     torch.testing.assert_close(expected @ t["decoder.weight"].T + t["b_dec"], sae.decode(expected).detach())
 
+def write_saelens(folder, kind, dtype=torch.float32, **changes):
+    """A random SAE as SAELens writes it, with decoder rows of many lengths and no special care for anything.
+
+    Returns their encode and decode, by the formulas of their version 6.
+    """
+    generator = torch.Generator().manual_seed(3)
+    cfg = {"architecture": kind, "d_in": 48, "d_sae": 64, "dtype": "float32", "apply_b_dec_to_input": True,
+           "normalize_activations": "none", "reshape_activations": "none", "metadata": {},
+           **({"k": 5, "rescale_acts_by_decoder_norm": True} if kind == "topk" else {}), **changes}
+    shapes = {"W_enc": (48, 64), "b_enc": (64,), "W_dec": (64, 48), "b_dec": (48,), "threshold": (64,)}
+    t = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    t["W_dec"] *= torch.linspace(0.001, 0.4, 64)[:, None]
+    t["threshold"][::3] = 0  # the random ones are negative, too, which is as 0
+    if kind == "topk":
+        del t["threshold"]
+    else:
+        t["W_dec"][7] = 0
+    t = {name: w.to(dtype) for name, w in t.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    safetensors.torch.save_file(t, folder / "sae_weights.safetensors")
+    t = {name: w.float() for name, w in t.items()}
+    norm, rescale = t["W_dec"].norm(dim=1), kind == "topk" and cfg["rescale_acts_by_decoder_norm"]
+    per_token = cfg["normalize_activations"] == "layer_norm"
+
+    def encode(x):
+        if per_token:
+            x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+        z = (x - t["b_dec"] * cfg["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]
+        if kind == "topk":
+            best = (z * norm if rescale else z).topk(cfg["k"], dim=1)
+            return torch.zeros_like(z).scatter(1, best.indices, best.values.relu())
+        return z.relu() * (z > t["threshold"])
+
+    def reconstruct(x):
+        f = encode(x)
+        x_hat = (f / norm if rescale else f) @ t["W_dec"] + t["b_dec"]
+        return x_hat * x.std(1, keepdim=True) + x.mean(1, keepdim=True) if per_token else x_hat
+
+    return encode, reconstruct, 1 if kind == "topk" else norm
+
+@pytest.mark.parametrize("kind, dtype, changes", [
+    ("jumprelu", torch.float32, {}), ("jumprelu", torch.bfloat16, {"apply_b_dec_to_input": False}),
+    ("jumprelu", torch.float16, {"normalize_activations": "layer_norm"}), ("topk", torch.float32, {}),
+    ("topk", torch.float32, {"rescale_acts_by_decoder_norm": False}),
+    ("topk", torch.bfloat16, {"apply_b_dec_to_input": False, "normalize_activations": "layer_norm"})])
+def test_an_sae_of_saelens_has_their_latents_and_reconstructions(kind, dtype, changes, planted, tmp_path):
+    encode, reconstruct, norm = write_saelens(tmp_path, kind, dtype, **changes)
+    sae, x = bt.SAE.load(tmp_path), planted.batch(500, 90)
+    f, expected = sae.encode(x), encode(x) * norm
+    assert torch.equal(f > 0, expected > 0) and 2 < f.count_nonzero() / 500 < 60
+    torch.testing.assert_close(f, expected, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(sae(x), reconstruct(x), atol=5e-4, rtol=5e-4)
+    (row, latent), value = sae.encode_sparse(x)
+    assert torch.equal(torch.stack([row, latent]), f.nonzero().T)
+    torch.testing.assert_close(value, f[row, latent], atol=1e-5, rtol=1e-5)
+    if "rescale_acts_by_decoder_norm" not in changes:  # else others could be the k largest
+        length = sae.W_dec.norm(dim=1)
+        assert (length.sub(1).abs() < 1e-5).sum() == 64 - (kind == "jumprelu"), "but for the row that is 0"
+    assert sae.config.k == (5 if kind == "topk" else 1) and not sae.W_enc.requires_grad
+    found = bt.evaluate(sae, [x])
+    assert found["theta"]["fvu"] == found["batch"]["fvu"]
+    assert found["theta"]["l0"] == pytest.approx(int(f.count_nonzero()) / 500)
+    with torch.no_grad():
+        sae.b_dec += 1
+    sae.save(tmp_path)  # what was saved last counts
+    assert same_tensors(bt.SAE.load(tmp_path).state_dict(), sae.state_dict())
+
+@pytest.mark.parametrize("changes, said", [
+    *(({"architecture": kind}, f"architecture '{kind}'; what can be read: jumprelu, topk") for kind in (
+        "standard", "gated", "batchtopk", "transcoder", "matryoshka_batchtopk")),
+    ({"architecture": None}, "architecture None"), ({"hook_head_index": 0}, "hook_head_index 0"),
+    ({"metadata": {"hook_head_index": 3}}, "hook_head_index 3; what can be read: None"),
+    ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
+    *(({"normalize_activations": name}, f"normalize_activations {name!r}; what can be read: none, layer_norm")
+      for name in ("constant_norm_rescale", "expected_average_only_in", "covariance_whitening", True)),
+    ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor True"),
+    ({"architecture": "topk"}, "k is None"), ({"metadata": 3}, "damaged")])
+def test_an_sae_of_saelens_that_cannot_be_read_is_refused_in_a_line_that_names_why(changes, said, tmp_path):
+    write_saelens(tmp_path, "jumprelu", **changes)
+    with pytest.raises(bt.InputError, match=said) as error:
+        bt.SAE.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+def test_older_files_of_saelens_hold_all_on_one_level(tmp_path, planted):
+    """Before version 6 there was no metadata, and TopK was an activation function."""
+    old = dict(hook_name="blocks.3.hook_mlp_out", hook_layer=3, model_name="gpt2-small", context_size=64,
+               prepend_bos=False, hook_head_index=None, finetuning_scaling_factor=False, metadata=None,
+               normalize_activations=False)
+    write_saelens(tmp_path / "jump", "jumprelu", **old)
+    read = bt.SAE.load(tmp_path / "jump").config
+    found = (read.model, read.layer, read.site, read.context, read.prepend_bos, read.normalize)
+    assert found == ("openai-community/gpt2", 3, "mlp_out", 64, False, "scale")
+    encode, *_ = write_saelens(tmp_path / "top", "topk", **old, rescale_acts_by_decoder_norm=False)
+    cfg = json.loads((tmp_path / "top/cfg.json").read_text())
+    new = ("k", "rescale_acts_by_decoder_norm", "architecture", "reshape_activations")
+    for name in new:
+        del cfg[name]
+    cfg |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}
+    (tmp_path / "top/cfg.json").write_text(json.dumps(cfg))
+    sae, x = bt.SAE.load(tmp_path / "top"), planted.batch(50, 91)
+    assert (sae.config.activation, sae.config.k) == ("topk", 5)
+    torch.testing.assert_close(sae.encode(x), encode(x), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize("hook, site", [
+    ("blocks.0.hook_resid_pre", (0, "resid_pre")), ("blocks.11.hook_resid_post", (11, "resid_post")),
+    ("blocks.5.hook_attn_out", (5, "attn_out")), ("model.layers.3", "model.layers.3"), (None, None),
+    ("blocks.5.hook_resid_mid", None), ("blocks.5.attn.hook_z", None), ("blocks.x.hook_resid_pre", None),
+    ("hook_embed", None), ("blocks.5.ln2.hook_normalized", None)])
+def test_what_an_sae_of_saelens_reads_is_known_if_the_site_is(hook, site, tmp_path):
+    said = {"hook_name": hook, "model_name": "maker/small", "norm_limit": 7.5, "context_size": None,
+            "hf_hook_name": "model.layers.3" if hook else None}
+    write_saelens(tmp_path, "jumprelu", metadata=said)
+    cfg = bt.SAE.load(tmp_path).config
+    assert isinstance(cfg, bt.RunConfig) == bool(site)
+    if site:
+        assert (cfg.module or (cfg.layer, cfg.site)) == site
+        assert (cfg.model, cfg.norm_limit, cfg.context) == ("maker/small", 7.5, 128)
+    write_saelens(tmp_path, "jumprelu", metadata={"hook_name": hook})
+    assert not isinstance(bt.SAE.load(tmp_path).config, bt.RunConfig), "no model is named"
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "cfg.json").unlink(), lambda folder: (folder / "cfg.json").write_text("[3"),
+    lambda folder: (folder / "cfg.json").write_text("[3]"),
+    lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\0" * 99),
+    lambda folder: write_tensors(folder, lambda t: t.pop("b_enc")),
+    lambda folder: write_tensors(folder, lambda t: t.update(W_enc=t["W_enc"].T.contiguous())),
+    lambda folder: write_tensors(folder, lambda t: t.update(b_dec=t["b_dec"][1:]))])
+def test_a_damaged_folder_of_saelens_is_named(damage, tmp_path):
+    write_saelens(tmp_path, "jumprelu")
+    damage(tmp_path)
+    with pytest.raises(bt.InputError, match=re.escape(f"'{tmp_path}' is damaged, or is not in the layout")):
+        bt.SAE.load(tmp_path)
+
+def write_tensors(folder, change):
+    tensors = safetensors.torch.load_file(folder / "sae_weights.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "sae_weights.safetensors")
+
+@pytest.mark.parametrize("normalize", ["scale", "token"])
+@pytest.mark.parametrize("activation", ["batchtopk", "topk", "jumprelu"])
+def test_what_is_exported_to_saelens_comes_back_as_it_was(normalize, activation, planted, tmp_path):
+    sae, x = trained(planted, normalize, activation), planted.batch(500, 92)
+    bt.export(sae, tmp_path, format="saelens")
+    back = bt.SAE.load(tmp_path)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert torch.equal(getattr(back, name), getattr(sae, name)), name
+    assert torch.equal(back.encode(x), sae.encode(x)) and torch.equal(back(x), sae(x))
+    assert (back.config.k, back.config.normalize) == (4, normalize)
+    bt.export(back, tmp_path / "encoder.pt", x)
+    assert torch.equal(torch.jit.load(tmp_path / "encoder.pt")(x), sae.encode(x))
+
 PEERS = """
 import sys, torch
 from dictionary_learning.utils import load_dictionary
@@ -396,6 +550,52 @@ def test_the_real_packages_load_the_other_formats(planted, tmp_path):
     for name, f in found.items():
         torch.testing.assert_close(f, expected[name], atol=1e-5, rtol=1e-5)
         assert torch.equal(f > 0, expected[name] > 0), name
+
+WRITE = """
+import sys, torch
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, JumpReLUTrainingSAE
+from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+folder, x, found = sys.argv[1], torch.load(sys.argv[1] + "/x.pt"), {}
+kinds = {"jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, {}),
+         "topk": (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": 5}),
+         "drifted": (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": 5, "rescale_acts_by_decoder_norm": False}),
+         "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {"k": 3.5})}
+torch.manual_seed(0)
+with torch.no_grad():
+    for kind, (make, config, own) in kinds.items():
+        for i, (b_dec, normalize, dtype) in enumerate(((True, "none", "float32"), (False, "none", "float32"),
+                                                       (False, "layer_norm", "bfloat16"))):
+            sae = make(config(48, 64, apply_b_dec_to_input=b_dec, normalize_activations=normalize,
+                              dtype=dtype, **own))
+            for p in sae.parameters():
+                p.copy_(torch.randn_like(p))
+            sae.W_dec *= torch.linspace(0.01, 0.4, 64)[:, None]
+            if kind == "batchtopk":
+                sae.topk_threshold.fill_(5)
+            sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = "blocks.2.hook_mlp_out", "gpt2-small"
+            path = f"{folder}/{kind}-{i}"
+            sae.save_inference_model(path)
+            sae = SAE.load_from_disk(path, device="cpu", dtype="float32")
+            found[f"{kind}-{i}"] = sae.encode(x), sae(x), sae.W_dec
+torch.save(found, folder + "/found.pt")
+"""
+
+@pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON: a python that has sae-lens")
+def test_what_the_real_saelens_saves_has_the_same_latents_here(planted, tmp_path):
+    x = planted.batch(500, 93)
+    torch.save(x, tmp_path / "x.pt")
+    command = [os.environ["PEERS_PYTHON"], "-W", "ignore", "-c", WRITE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    for name, (f, x_hat, W_dec) in torch.load(tmp_path / "found.pt").items():
+        sae, kind = bt.SAE.load(tmp_path / name), name.split("-")[0]
+        found, norm = sae.encode(x), 1 if kind in ("topk", "drifted") else W_dec.norm(dim=1)
+        assert torch.equal(found > 0, f > 0) and 2 < f.count_nonzero() / 500 < 60, name
+        torch.testing.assert_close(found, f * norm, atol=5e-5, rtol=5e-5)
+        torch.testing.assert_close(sae(x), x_hat, atol=5e-4, rtol=5e-4)
+        cfg = sae.config
+        assert (cfg.model, cfg.layer, cfg.site) == ("openai-community/gpt2", 2, "mlp_out")
+        assert cfg.k == {"jumprelu": 1, "topk": 5, "drifted": 5, "batchtopk": 3.5}[kind]
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
