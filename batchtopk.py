@@ -2421,6 +2421,7 @@ def load_saelens(folder: Path) -> SAE:
 
     Latents are theirs times the norm of their decoder rows, which becomes 1. Where TopK selects without
     these norms, rows keep them: others could be the largest. A threshold of 0, as TopK's, becomes 1e-30.
+    JumpReLU that says that it was trained as BatchTopK, with k, and that has one θ becomes BatchTopK again.
     """
     from safetensors.torch import load_file
     with explained(f"{str(folder)!r} is damaged, or is not in the layout of SAELens"):
@@ -2441,10 +2442,11 @@ def load_saelens(folder: Path) -> SAE:
         if not said.get("apply_b_dec_to_input", True):  # their z is x W_encᵀ + b_enc
             b_enc = b_enc + W_enc @ t["b_dec"]
         own = {"W_enc": norm[:, None] * W_enc, "b_enc": norm * b_enc, "b_dec": t["b_dec"],
-               "W_dec": W_dec / norm.clamp(min=1e-30)[:, None], "theta": torch.tensor(1e-30)}
-        if not topk:
-            own |= {"theta": torch.tensor(math.nan),
-                    "log_threshold": (norm * t["threshold"]).clamp(min=1e-30).log()}
+               "W_dec": W_dec / norm.clamp(min=1e-30)[:, None]}
+        theta = (torch.zeros(1) if topk else norm * t["threshold"]).clamp(min=1e-30)
+        if said.get("training_architecture") == "batchtopk" and "k" in said and theta.unique().numel() == 1:
+            said["architecture"] = "batchtopk"
+        own |= {"log_threshold": theta.log()} if said["architecture"] == "jumprelu" else {"theta": theta[0]}
         cfg = saelens_config(said, *W_dec.shape)
         sae = sae_class(cfg)(cfg)
         sae.load_state_dict(sae.state_dict() | own)

@@ -509,8 +509,18 @@ def test_what_is_exported_to_saelens_comes_back_as_it_was(normalize, activation,
     back = bt.SAE.load(tmp_path)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert torch.equal(getattr(back, name), getattr(sae, name)), name
-    assert torch.equal(back.encode(x), sae.encode(x)) and torch.equal(back(x), sae(x))
+    for selection in ("theta", "batch"):
+        assert torch.equal(back(x, selection), sae(x, selection))
+    assert torch.equal(back.encode(x), sae.encode(x)) and type(back) is type(sae)
     assert (back.config.k, back.config.normalize) == (4, normalize)
+    if activation == "batchtopk":
+        assert torch.equal(back.theta, sae.theta)
+        cfg = json.loads((tmp_path / "cfg.json").read_text())
+        del cfg["metadata"]["training_architecture_details"]  # no k, as in files of before
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+        jump = bt.SAE.load(tmp_path)
+        assert (jump.config.activation, jump.config.k) == ("jumprelu", 1)
+        assert torch.equal(jump.encode(x), sae.encode(x))
     bt.export(back, tmp_path / "encoder.pt", x)
     assert torch.equal(torch.jit.load(tmp_path / "encoder.pt")(x), sae.encode(x))
 
@@ -596,6 +606,8 @@ def test_what_the_real_saelens_saves_has_the_same_latents_here(planted, tmp_path
         cfg = sae.config
         assert (cfg.model, cfg.layer, cfg.site) == ("openai-community/gpt2", 2, "mlp_out")
         assert cfg.k == {"jumprelu": 1, "topk": 5, "drifted": 5, "batchtopk": 3.5}[kind]
+        known = {"drifted": "topk", "batchtopk-2": "jumprelu"}  # bfloat16 rounds rows, so that θ would differ
+        assert cfg.activation == known.get(name, known.get(kind, kind))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
