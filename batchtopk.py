@@ -253,7 +253,7 @@ class SAE(nn.Module):
 
     @staticmethod
     def load(folder: str | os.PathLike, device: str = "cpu") -> SAE:
-        """Read what save wrote. Unavailable if there is nothing, InputError if it is damaged."""
+        """What save or SAELens wrote; its weights take no gradients. Unavailable or InputError if it cannot."""
         return load_sae(folder, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
@@ -316,7 +316,7 @@ class Trainer:
     @torch.inference_mode(False)  # what is made in it could not be changed by steps
     def __init__(self, cfg: Config, sae: SAE | None = None):  # by default a new one
         self.cfg, self.device = cfg, resolve_device(cfg.device)
-        self.sae = (make_sae(cfg) if sae is None else sae).to(self.device)
+        self.sae = (make_sae(cfg) if sae is None else sae).to(self.device).requires_grad_()
         self.tokens_seen, self.steps = 0, 0  # steps since the present way of selection began
         self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
@@ -1843,7 +1843,8 @@ class LanguageModel:
         dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
         dtype, source = choose_dtype(dtype, self.device), str(TINY_GPT2) if model == "tiny-gpt2" else model
         local = os.path.isdir(source)  # then the hub is never asked
-        with explained(f"model {model!r} could not be loaded; give a hub name or local folder", Unavailable):
+        with explained(f"model {model!r} could not be loaded; give a hub name or local folder as --model",
+                       Unavailable):
             config = AutoConfig.from_pretrained(source, local_files_only=local)
             if getattr(config, "quantization_config", None):
                 dtype = "auto"  # the checkpoint's: another would not fit the layers that are quantised
@@ -1867,9 +1868,9 @@ class LanguageModel:
             self.d_model = self.activations(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
 
     @classmethod
-    def from_config(cls, cfg: RunConfig) -> LanguageModel:
+    def from_config(cls, cfg: RunConfig, found: Found = Found()) -> LanguageModel:
         lm = cls(cfg.model, cfg.layer, cfg.site, cfg.module, dtype=cfg.model_dtype, device=cfg.device,
-                 skip_special=cfg.skip_special)
+                 skip_special=cfg.skip_special, norm_limit=found.norm_limit)
         longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", cfg.context)
         check(cfg.context <= longest, f"context is {cfg.context}; the model reads at most {longest} tokens")
         return lm
@@ -2496,6 +2497,15 @@ def torchscript_files(sae, x, dtype):
     compared = {"flipped": int(flips.sum()), "largest_difference": float(difference.abs().max())}
     return {"": file.getvalue()}, {"exported_l0": int((found != 0).sum()) / len(x), **compared}
 
+def public_name(model: str) -> str:
+    """The hub name of a model in a local folder, if its config.json knows one; else `model` itself."""
+    from huggingface_hub.utils import validate_repo_id
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        name = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+        validate_repo_id(name)  # a path does not pass
+        return name or model
+    return model
+
 def saelens_files(sae, *_):
     """SAELens's layout, version 6: cfg.json and sae_weights.safetensors."""
     from safetensors.torch import save
@@ -2503,9 +2513,9 @@ def saelens_files(sae, *_):
     tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     tensors |= {} if topk else {"threshold": sae.get_theta().expand(cfg.n_latents)}
     metadata = dict(sae_lens_version="6.0.0", training_architecture=cfg.activation,
-                    model_from_pretrained_kwargs={})
+                    training_architecture_details={"k": cfg.k}, model_from_pretrained_kwargs={})
     if isinstance(cfg, RunConfig):  # a Config does not say what the SAE reads
-        metadata |= dict(model_name=cfg.model, hf_hook_name=cfg.module or None,
+        metadata |= dict(model_name=public_name(cfg.model), hf_hook_name=cfg.module or None,
                          model_class_name="AutoModelForCausalLM" if cfg.module else "HookedTransformer",
                          hook_name=cfg.module or f"blocks.{cfg.layer}.hook_{cfg.site}",
                          context_size=cfg.context, prepend_bos=begins(sae), dataset_path=cfg.dataset,
@@ -2517,6 +2527,66 @@ def saelens_files(sae, *_):
                      normalize_activations="layer_norm" if cfg.normalize == "token" else "none")
     weights = save({name: t.detach().contiguous() for name, t in tensors.items()})
     return {"cfg.json": json.dumps(described, indent=2).encode(), "sae_weights.safetensors": weights}, {}
+
+SAELENS = {"architecture": ("jumprelu", "topk"), "normalize_activations": ("none", "layer_norm", None, False),
+           "reshape_activations": ("none", None), "hook_head_index": (None,),
+           "finetuning_scaling_factor": (None, False)}  # what can be read; missing: the first
+
+def load_saelens(folder: Path) -> SAE:
+    """An SAE in SAELens's layout: the same latents are active, and the reconstructions are the same.
+
+    Latents are theirs times the norm of their decoder rows, which becomes 1. Where TopK selects without
+    these norms, rows keep them: others could be the largest. A threshold of 0, as TopK's, becomes 1e-30.
+    JumpReLU that says that it was trained as BatchTopK, with k, and that has one θ becomes BatchTopK again.
+    """
+    from safetensors.torch import load_file
+    with explained(f"{str(folder)!r} is damaged, or is not in the layout of SAELens"):
+        said = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        more = said.get("metadata") or {}  # not in older files
+        said = {"architecture": "standard"} | (more.get("training_architecture_details") or {}) | more | said
+        if said.get("activation_fn", said.get("activation_fn_str")) == "topk":  # in older files
+            said |= {"architecture": "topk", **said["activation_fn_kwargs"]}
+        for name, readable in SAELENS.items():
+            value = said.get(name, readable[0])
+            check(value in readable, f"{str(folder)!r} is an SAE of SAELens with {name} {value!r}; what can "
+                  f"be read: {', '.join(map(str, readable))}")
+        topk = said["architecture"] == "topk"
+        t = {name: w.float() for name, w in load_file(folder / "sae_weights.safetensors").items()}
+        W_enc, b_enc, W_dec, norm = t["W_enc"].T, t["b_enc"], t["W_dec"], t["W_dec"].norm(dim=1)
+        keeps = topk and not said.get("rescale_acts_by_decoder_norm")
+        norm = norm.masked_fill(keeps | ((norm - 1).abs() < 1e-5), 1)  # 1 but for rounding stays, too
+        if not said.get("apply_b_dec_to_input", True):  # their z is x W_encᵀ + b_enc
+            b_enc = b_enc + W_enc @ t["b_dec"]
+        own = {"W_enc": norm[:, None] * W_enc, "b_enc": norm * b_enc, "b_dec": t["b_dec"],
+               "W_dec": W_dec / norm.clamp(min=1e-30)[:, None]}
+        theta = (torch.zeros(1) if topk else norm * t["threshold"]).clamp(min=1e-30)
+        if said.get("training_architecture") == "batchtopk" and "k" in said and theta.unique().numel() == 1:
+            said["architecture"] = "batchtopk"
+        own |= {"log_threshold": theta.log()} if said["architecture"] == "jumprelu" else {"theta": theta[0]}
+        cfg = saelens_config(said, *W_dec.shape)
+        sae = make_sae(cfg)
+        sae.load_state_dict(sae.state_dict() | own)
+        sae.found = Found(norm_limit=said.get("norm_limit") or 0.0)
+    return sae
+
+def saelens_config(said: dict, n_latents: int, d_model: int) -> Config:
+    """Its configuration for what cfg.json said: a RunConfig if that is a model, and a site as here.
+
+    k of JumpReLU, by which nothing is selected, is that of its training if the file tells it, else 1.
+    """
+    kind, hook, model = said["architecture"], str(said.get("hook_name")), said.get("model_name")
+    normalize = "token" if said.get("normalize_activations") == "layer_norm" else "scale"
+    own = dict(d_model=d_model, n_latents=n_latents, k=said.get("k", None if kind == "topk" else 1),
+               activation=kind, normalize=normalize)
+    block, layer, site = [*hook.split(".", 2), "", ""][:3]
+    at = {"module": hook} if hook == said.get("hf_hook_name") else {}
+    if block == "blocks" and layer.isdecimal() and site[5:] in ("resid_pre", "resid_post", *PARTS):
+        at = {"layer": int(layer), "site": site[5:]}  # without hook_
+    if not (model and at):
+        return Config(**own)
+    names = {"context": "context_size", "prepend_bos": "prepend_bos"}
+    at |= {field: said[name] for field, name in names.items() if said.get(name) is not None}
+    return RunConfig(**own, **at, model=PRESETS.get(model, {}).get("model", model))
 
 def dictionary_learning_files(sae, *_):
     """The layout of dictionary_learning: config.json and ae.pt."""
@@ -2533,7 +2603,8 @@ def dictionary_learning_files(sae, *_):
                    dict_size=cfg.n_latents)
     described = {"trainer": trainer, "buffer": {}}
     if isinstance(cfg, RunConfig):
-        trainer |= dict(layer=cfg.layer, lm_name=cfg.model, submodule_name=cfg.module or cfg.site)
+        trainer |= dict(layer=cfg.layer, lm_name=public_name(cfg.model),
+                        submodule_name=cfg.module or cfg.site)
         described["buffer"] = dict(ctx_len=cfg.context, prepend_bos=begins(sae), remove_bos=cfg.skip_special,
                                    norm_limit=sae.found.norm_limit or None)
     return {"config.json": json.dumps(described, indent=2).encode(), "ae.pt": file.getvalue()}, {}
@@ -2670,15 +2741,18 @@ def save_sae(sae: SAE, folder: str | os.PathLike):
 
 @torch.inference_mode(False)
 def load_sae(folder: str | os.PathLike, device: str = "cpu") -> SAE:
-    """SAE.load."""
-    (cfg, found, text), path = load_config(Path(folder)), Path(folder) / "sae.safetensors"
+    """SAE.load. Folders of SAELens can be read, too: see load_saelens."""
+    path = Path(folder) / "sae.safetensors"
+    if path.with_name("sae_weights.safetensors").is_file() and not path.is_file():
+        return load_saelens(Path(folder)).requires_grad_(False).to(device)
+    cfg, found, text = load_config(Path(folder))
     said = f"{str(folder)!r} is unfinished; continue it with `train --resume {str(folder)!r}`"
     check(path.is_file(), said, Unavailable)
     tensors = load_tensors(path, text)
     sae = make_sae(cfg)
     sae.load_state_dict(tensors)
     sae.found = found
-    return sae.to(device)
+    return sae.requires_grad_(False).to(device)
 
 def load_config(folder: Path) -> tuple[Config, Found, str]:
     """The configuration of a saved SAE, what its run found, and the file's text, which the checksum includes.

@@ -87,7 +87,7 @@ Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.
 Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
 Preset = choice(bt.PRESETS, "what to train on; it sets what is marked tiny")
 RECIPE = "how to train; it sets what is marked ours"
-Run = Annotated[Path, Argument(help="Folder that `train` or `sae.save` wrote, e.g. runs/tiny.",
+Run = Annotated[Path, Argument(help="Folder that `train`, `sae.save` or SAELens wrote, e.g. runs/tiny.",
                                show_default=False)]
 
 def config_options(command, lists=(), sets=SETS):
@@ -380,16 +380,17 @@ def evaluate(
 def load(run, device, **site):
     """The SAE of a run and the language model it reads, on a device.
 
-    site: model, layer and site, which replace the run's if they are given. An SAE saved from Python has none.
+    site: model, layer and site, which replace the run's if they are given. Other SAEs may have none.
     """
     device, site = str(bt.resolve_device(device)), {name: v for name, v in site.items() if v is not None}
     sae = bt.SAE.load(run, device=device)
     sae.get_theta()  # an unset one fails before the model is loaded
-    if not isinstance(sae.config, bt.RunConfig):
-        if len(site) < 3:
-            raise bt.InputError(f"{str(run)!r} was saved from Python and names no language model; give "
-                                "--model, --layer and --site")
-        tell(f"{run} was saved from Python and names no text; the text is {bt.RunConfig.dataset}", err)
+    named = isinstance(sae.config, bt.RunConfig)
+    if not (named or len(site) == 3):
+        raise bt.InputError(f"{str(run)!r} was saved from Python or by SAELens and does not name a model "
+                            "and a site that are known here; give --model, --layer and --site")
+    if not (named and (run / "sae.safetensors").is_file()):
+        tell(f"{run} was saved from Python or by SAELens; the text is {bt.RunConfig.dataset}", err)
     if "layer" in site or "site" in site:
         site["module"] = ""  # which would be read in their place
     sae.config = bt.RunConfig(**vars(sae.config) | site)

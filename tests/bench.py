@@ -179,11 +179,12 @@ def synthetic_batches(cfg, device):
         batches.append(((chosen < 40 / 4096) * size @ directions).to(device))
     return batches
 
-def measure_shared(cfg, repeat):
+def measure_shared(cfg, repeat, group):
     """The step of all of torchrun's processes together: its time, the memory of one, and what is sent."""
-    group, sent, all_reduce = bt.processes, [], torch.distributed.all_reduce
+    sent, all_reduce = [], torch.distributed.all_reduce
     device = bt.resolve_device(cfg.device)
-    batches, trainer = itertools.cycle(synthetic_batches(cfg, device)), bt.Trainer(cfg)
+    batches, trainer = itertools.cycle(synthetic_batches(cfg, device)), bt.Trainer(
+        cfg, group.keep_share_(bt.make_sae(cfg)))
 
     def run():
         trainer.step(next(batches))
@@ -399,7 +400,7 @@ def main(arguments=None):
     a = parser.parse_args(arguments)
     try:
         if a.shared:
-            bt.processes.join(a.device)  # which gives each process its GPU
+            group = bt.Processes.join(a.device)  # which gives each process its GPU
         if a.export and not Path(a.export).is_file():
             raise bt.Unavailable(f"there is no file {a.export!r}; give one that `cli.py export` wrote")
         cfg = bt.Config(d_model=a.d_model, n_latents=a.n_latents, batch_size=a.batch_size, k=a.k,
@@ -417,7 +418,7 @@ def main(arguments=None):
     if a.export is not None:
         return measure_export(a.export, cfg, a.repeat)
     if a.shared:
-        return measure_shared(cfg, a.repeat)
+        return measure_shared(cfg, a.repeat, group)
     result = measure(cfg, a.repeat)
     if a.figure:
         draw_savings(result, a.figure)

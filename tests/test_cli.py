@@ -153,6 +153,37 @@ def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run,
     planted_sae.save(tmp_path / "narrow")
     assert "width 48; those of 'tiny-gpt2' have 256" in invoke("eval", tmp_path / "narrow", *site).stderr
 
+def test_an_sae_of_saelens_is_measured_and_browsed_where_its_file_says(run, tmp_path, monkeypatch):
+    """The circle closes: a run's export has the run's numbers on the same text."""
+    monkeypatch.setattr(bt, "library_texts", lambda: (
+        (i % 20 == 19, json.loads(line)["text"]) for i, line in enumerate(open(SMALL["dataset"]))))
+    folder, options = tmp_path / "saelens", ["--device", "cpu", "--json", "--ce-contexts", 1]
+    sae = bt.SAE.load(run[0])
+    sae.config = dataclasses.replace(sae.config, dataset="stdlib", eval_tokens=bt.Config.eval_tokens)
+    sae.save(tmp_path / "own")
+    assert invoke("export", run[0], "--format", "saelens", "--out", folder).exit_code == 0
+    found, own = (invoke("eval", each, *options) for each in (folder, tmp_path / "own"))
+    assert found.exit_code == 0 and "saved from Python or by SAELens; the text is stdlib" in found.stderr
+    found, own = json.loads(found.stdout), json.loads(own.stdout)
+    for name in ("eval_tokens", "left_out", "k"):
+        assert found[name] == own[name]
+    assert [found["theta"][m] for m in METRICS] == pytest.approx([own["theta"][m] for m in METRICS], rel=1e-4)
+    one = invoke("latents", folder, 3, "--device", "cpu", "--json")
+    assert json.loads(one.stdout)["latents"][0]["latent"] == 3
+    assert "holds no run" in invoke("train", "--resume", folder).stderr
+    cfg = json.loads((folder / "cfg.json").read_text())
+
+    def say(**metadata):
+        (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": cfg["metadata"] | metadata}))
+        return invoke("eval", folder, *options)
+    assert "could not be loaded; give a hub name or local folder as --model (" in say(model_name="/no").stderr
+    said = r"error: .*saelens' was saved .* by SAELens .* give --model, --layer and --site\n"
+    refused = say(hook_name="blocks.1.hook_resid_mid")
+    assert refused.exit_code == 2 and re.fullmatch(said, refused.stderr), refused.output
+    options += ["--model", "tiny-gpt2", "--layer", cfg["metadata"]["hook_name"].split(".")[1]]
+    assert re.fullmatch(said, say(hook_name=None).stderr)
+    assert json.loads(invoke("eval", folder, *options, "--site", "resid_pre").stdout)["tokens"]
+
 def test_a_model_layer_or_site_given_replaces_the_runs_own(run, tmp_path):
     config, seen = bt.RunConfig.load(run[0]), []
     with pytest.MonkeyPatch.context() as patch:

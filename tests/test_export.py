@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 
 import batchtopk as bt
+from conftest import same_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,17 +165,19 @@ def test_autocast_is_refused_inside_the_file(sae, planted, tmp_path):
 def test_the_file_knows_which_activations_are_of_a_size_it_was_trained_on(sae, planted, tmp_path):
     x = planted.batch(6, 71).view(2, 3, 48)
     assert load(sae, tmp_path).seen(1e9 * x).all(), "no limit where a person gave the tensors"
-    sae.config = bt.RunConfig(**vars(sae.config), norm_limit=float(x[0, 0].norm()))  # of a run on text
+    limit = float(x[0, 0].norm())
+    sae.config, sae.found = bt.RunConfig(**vars(sae.config)), bt.Found(norm_limit=limit)  # of a run on text
     x[1] *= 100
     x[1, 2] = torch.nan
     exported = load(sae, tmp_path)
-    assert torch.equal(exported.seen(x), x.norm(dim=-1) <= sae.config.norm_limit) and exported.seen(x[0, 0])
+    assert torch.equal(exported.seen(x), x.norm(dim=-1) <= limit) and exported.seen(x[0, 0])
+    assert torch.equal(sae.seen(x), exported.seen(x))
     for format, file, place in (("saelens", "cfg.json", "metadata"),
                                 ("dictionary-learning", "config.json", "buffer")):
         if sae.config.normalize == "scale":
             bt.export(sae, tmp_path / format, format=format)
             described = json.loads((tmp_path / format / file).read_text())[place]
-            assert described["norm_limit"] == sae.config.norm_limit
+            assert described["norm_limit"] == limit
 
 def test_gradients_flow_through_every_method(sae, planted, tmp_path):
     """Bug here once: encode_sparse changed indices in place that its backward pass needed."""
@@ -300,7 +304,8 @@ def test_memory_is_that_of_the_active_entries(what, rows, d, n_latents, limit, t
 
 @pytest.mark.parametrize("module, hook", [("", "blocks.1.hook_resid_pre"), ("model.layers.3",) * 2])
 def test_other_formats_say_what_a_run_has_read(module, hook, tmp_path):
-    sae = bt.SAE(bt.RunConfig(d_model=8, n_latents=16, k=2, device="cpu", module=module, norm_limit=3.0))
+    sae = bt.SAE(bt.RunConfig(d_model=8, n_latents=16, k=2, device="cpu", module=module))
+    sae.found = bt.Found(norm_limit=3.0)
     sae.theta.fill_(1.0)
     for format in ("saelens", "dictionary-learning"):
         bt.export(sae, tmp_path / format, format=format)
@@ -309,6 +314,25 @@ def test_other_formats_say_what_a_run_has_read(module, hook, tmp_path):
     assert said["model_class_name"] == ("AutoModelForCausalLM" if module else "HookedTransformer")
     read = json.loads((tmp_path / "dictionary-learning/config.json").read_text())["buffer"]
     assert read == {"ctx_len": 128, "prepend_bos": True, "remove_bos": True, "norm_limit": 3.0}
+
+@pytest.mark.parametrize("text, named", [
+    ('{"_name_or_path": "gpt2"}', "gpt2"), ('{"_name_or_path": "maker/small-1.0"}', "maker/small-1.0"),
+    *((text, None) for text in ('{"_name_or_path": "/data/small"}', '{"_name_or_path": "./small"}', "[1]",
+                                '{"_name_or_path": "a/b/c"}', '{"_name_or_path": ""}', "{", None,
+                                '{"_name_or_path": null}', '{"_name_or_path": [7]}', '{"other": 1}'))])
+def test_other_formats_name_a_model_in_a_local_folder_as_the_hub_does(text, named, tmp_path):
+    """Bug here once: they held the path on the machine that trained, which had to be edited by hand."""
+    model = tmp_path / "model"
+    model.mkdir()
+    if text:
+        (model / "config.json").write_text(text)
+    sae = bt.SAE(bt.RunConfig(d_model=8, n_latents=16, k=2, device="cpu", model=str(model)))
+    sae.theta.fill_(1.0)
+    for format, file, place, key in (("saelens", "cfg.json", "metadata", "model_name"),
+                                     ("dictionary-learning", "config.json", "trainer", "lm_name")):
+        bt.export(sae, tmp_path / format, format=format)
+        said = json.loads((tmp_path / format / file).read_text())[place][key]
+        assert said == (named or str(model))
 
 @pytest.mark.parametrize("normalize, activation", [
     ("scale", "batchtopk"), ("token", "batchtopk"), ("scale", "jumprelu"), ("scale", "topk")])
@@ -340,6 +364,169 @@ def test_other_formats_hold_the_sae_or_are_refused(planted, normalize, activatio
     assert t["k"] == trainer["k"] == 4 and t["k"].dtype == torch.int32
     assert activation == "topk" or torch.equal(z * (z > t["threshold"]), expected)
     torch.testing.assert_close(expected @ t["decoder.weight"].T + t["b_dec"], sae.decode(expected).detach())
+
+def write_saelens(folder, kind, dtype=torch.float32, **changes):
+    """A random SAE as SAELens writes it, with decoder rows of many lengths and no special care for anything.
+
+    Returns their encode and decode, by the formulas of their version 6.
+    """
+    generator = torch.Generator().manual_seed(3)
+    cfg = {"architecture": kind, "d_in": 48, "d_sae": 64, "dtype": "float32", "apply_b_dec_to_input": True,
+           "normalize_activations": "none", "reshape_activations": "none", "metadata": {},
+           **({"k": 5, "rescale_acts_by_decoder_norm": True} if kind == "topk" else {}), **changes}
+    shapes = {"W_enc": (48, 64), "b_enc": (64,), "W_dec": (64, 48), "b_dec": (48,), "threshold": (64,)}
+    t = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    t["W_dec"] *= torch.linspace(0.001, 0.4, 64)[:, None]
+    t["threshold"][::3] = 0  # the random ones are negative, too, which is as 0
+    if kind == "topk":
+        del t["threshold"]
+    else:
+        t["W_dec"][7] = 0
+    t = {name: w.to(dtype) for name, w in t.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    safetensors.torch.save_file(t, folder / "sae_weights.safetensors")
+    t = {name: w.float() for name, w in t.items()}
+    norm, rescale = t["W_dec"].norm(dim=1), kind == "topk" and cfg["rescale_acts_by_decoder_norm"]
+    per_token = cfg["normalize_activations"] == "layer_norm"
+
+    def encode(x):
+        if per_token:
+            x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+        z = (x - t["b_dec"] * cfg["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]
+        if kind == "topk":
+            best = (z * norm if rescale else z).topk(cfg["k"], dim=1)
+            return torch.zeros_like(z).scatter(1, best.indices, best.values.relu())
+        return z.relu() * (z > t["threshold"])
+
+    def reconstruct(x):
+        f = encode(x)
+        x_hat = (f / norm if rescale else f) @ t["W_dec"] + t["b_dec"]
+        return x_hat * x.std(1, keepdim=True) + x.mean(1, keepdim=True) if per_token else x_hat
+
+    return encode, reconstruct, 1 if kind == "topk" else norm
+
+@pytest.mark.parametrize("kind, dtype, changes", [
+    ("jumprelu", torch.float32, {}), ("jumprelu", torch.bfloat16, {"apply_b_dec_to_input": False}),
+    ("jumprelu", torch.float16, {"normalize_activations": "layer_norm"}), ("topk", torch.float32, {}),
+    ("topk", torch.float32, {"rescale_acts_by_decoder_norm": False}),
+    ("topk", torch.bfloat16, {"apply_b_dec_to_input": False, "normalize_activations": "layer_norm"})])
+def test_an_sae_of_saelens_has_their_latents_and_reconstructions(kind, dtype, changes, planted, tmp_path):
+    encode, reconstruct, norm = write_saelens(tmp_path, kind, dtype, **changes)
+    sae, x = bt.SAE.load(tmp_path), planted.batch(500, 90)
+    f, expected = sae.encode(x), encode(x) * norm
+    assert torch.equal(f > 0, expected > 0) and 2 < f.count_nonzero() / 500 < 60
+    torch.testing.assert_close(f, expected, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(sae(x), reconstruct(x), atol=5e-4, rtol=5e-4)
+    (row, latent), value = sae.encode_sparse(x)
+    assert torch.equal(torch.stack([row, latent]), f.nonzero().T)
+    torch.testing.assert_close(value, f[row, latent], atol=1e-5, rtol=1e-5)
+    if "rescale_acts_by_decoder_norm" not in changes:  # else others could be the k largest
+        length = sae.W_dec.norm(dim=1)
+        assert (length.sub(1).abs() < 1e-5).sum() == 64 - (kind == "jumprelu"), "but for the row that is 0"
+    assert sae.config.k == (5 if kind == "topk" else 1) and not sae.W_enc.requires_grad
+    found = bt.evaluate(sae, [x])
+    assert found["theta"]["fvu"] == found["batch"]["fvu"]
+    assert found["theta"]["l0"] == pytest.approx(int(f.count_nonzero()) / 500)
+    with torch.no_grad():
+        sae.b_dec += 1
+    sae.save(tmp_path)  # what was saved last counts
+    assert same_tensors(bt.SAE.load(tmp_path).state_dict(), sae.state_dict())
+
+@pytest.mark.parametrize("changes, said", [
+    *(({"architecture": kind}, f"architecture '{kind}'; what can be read: jumprelu, topk") for kind in (
+        "standard", "gated", "batchtopk", "transcoder", "matryoshka_batchtopk")),
+    ({"architecture": None}, "architecture None"), ({"hook_head_index": 0}, "hook_head_index 0"),
+    ({"metadata": {"hook_head_index": 3}}, "hook_head_index 3; what can be read: None"),
+    ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
+    *(({"normalize_activations": name}, f"normalize_activations {name!r}; what can be read: none, layer_norm")
+      for name in ("constant_norm_rescale", "expected_average_only_in", "covariance_whitening", True)),
+    ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor True"),
+    ({"architecture": "topk"}, "k is None"), ({"metadata": 3}, "damaged")])
+def test_an_sae_of_saelens_that_cannot_be_read_is_refused_in_a_line_that_names_why(changes, said, tmp_path):
+    write_saelens(tmp_path, "jumprelu", **changes)
+    with pytest.raises(bt.InputError, match=said) as error:
+        bt.SAE.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+def test_older_files_of_saelens_hold_all_on_one_level(tmp_path, planted):
+    """Before version 6 there was no metadata, and TopK was an activation function."""
+    old = dict(hook_name="blocks.3.hook_mlp_out", hook_layer=3, model_name="gpt2-small", context_size=64,
+               prepend_bos=False, hook_head_index=None, finetuning_scaling_factor=False, metadata=None,
+               normalize_activations=False)
+    write_saelens(tmp_path / "jump", "jumprelu", **old)
+    read = bt.SAE.load(tmp_path / "jump").config
+    found = (read.model, read.layer, read.site, read.context, read.prepend_bos, read.normalize)
+    assert found == ("openai-community/gpt2", 3, "mlp_out", 64, False, "scale")
+    encode, *_ = write_saelens(tmp_path / "top", "topk", **old, rescale_acts_by_decoder_norm=False)
+    cfg = json.loads((tmp_path / "top/cfg.json").read_text())
+    new = ("k", "rescale_acts_by_decoder_norm", "architecture", "reshape_activations")
+    for name in new:
+        del cfg[name]
+    cfg |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}
+    (tmp_path / "top/cfg.json").write_text(json.dumps(cfg))
+    sae, x = bt.SAE.load(tmp_path / "top"), planted.batch(50, 91)
+    assert (sae.config.activation, sae.config.k) == ("topk", 5)
+    torch.testing.assert_close(sae.encode(x), encode(x), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize("hook, site", [
+    ("blocks.0.hook_resid_pre", (0, "resid_pre")), ("blocks.11.hook_resid_post", (11, "resid_post")),
+    ("blocks.5.hook_attn_out", (5, "attn_out")), ("model.layers.3", "model.layers.3"), (None, None),
+    ("blocks.5.hook_resid_mid", None), ("blocks.5.attn.hook_z", None), ("blocks.x.hook_resid_pre", None),
+    ("hook_embed", None), ("blocks.5.ln2.hook_normalized", None)])
+def test_what_an_sae_of_saelens_reads_is_known_if_the_site_is(hook, site, tmp_path):
+    said = {"hook_name": hook, "model_name": "maker/small", "norm_limit": 7.5, "context_size": None,
+            "hf_hook_name": "model.layers.3" if hook else None}
+    write_saelens(tmp_path, "jumprelu", metadata=said)
+    sae = bt.SAE.load(tmp_path)
+    cfg = sae.config
+    assert isinstance(cfg, bt.RunConfig) == bool(site)
+    if site:
+        assert (cfg.module or (cfg.layer, cfg.site)) == site
+        assert (cfg.model, sae.found.norm_limit, cfg.context) == ("maker/small", 7.5, 128)
+    write_saelens(tmp_path, "jumprelu", metadata={"hook_name": hook})
+    assert not isinstance(bt.SAE.load(tmp_path).config, bt.RunConfig), "no model is named"
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "cfg.json").unlink(), lambda folder: (folder / "cfg.json").write_text("[3"),
+    lambda folder: (folder / "cfg.json").write_text("[3]"),
+    lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\0" * 99),
+    lambda folder: write_tensors(folder, lambda t: t.pop("b_enc")),
+    lambda folder: write_tensors(folder, lambda t: t.update(W_enc=t["W_enc"].T.contiguous())),
+    lambda folder: write_tensors(folder, lambda t: t.update(b_dec=t["b_dec"][1:]))])
+def test_a_damaged_folder_of_saelens_is_named(damage, tmp_path):
+    write_saelens(tmp_path, "jumprelu")
+    damage(tmp_path)
+    with pytest.raises(bt.InputError, match=re.escape(f"'{tmp_path}' is damaged, or is not in the layout")):
+        bt.SAE.load(tmp_path)
+
+def write_tensors(folder, change):
+    tensors = safetensors.torch.load_file(folder / "sae_weights.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "sae_weights.safetensors")
+
+@pytest.mark.parametrize("normalize", ["scale", "token"])
+@pytest.mark.parametrize("activation", ["batchtopk", "topk", "jumprelu"])
+def test_what_is_exported_to_saelens_comes_back_as_it_was(normalize, activation, planted, tmp_path):
+    sae, x = trained(planted, normalize, activation), planted.batch(500, 92)
+    bt.export(sae, tmp_path, format="saelens")
+    back = bt.SAE.load(tmp_path)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert torch.equal(getattr(back, name), getattr(sae, name)), name
+    for selection in ("theta", "batch"):
+        assert torch.equal(back(x, selection), sae(x, selection))
+    assert torch.equal(back.encode(x), sae.encode(x)) and type(back) is type(sae)
+    assert (back.config.k, back.config.normalize) == (4, normalize)
+    if activation == "batchtopk":
+        assert torch.equal(back.theta, sae.theta)
+        cfg = json.loads((tmp_path / "cfg.json").read_text())
+        del cfg["metadata"]["training_architecture_details"]  # no k, as in files of before
+        (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+        jump = bt.SAE.load(tmp_path)
+        assert (jump.config.activation, jump.config.k) == ("jumprelu", 1)
+        assert torch.equal(jump.encode(x), sae.encode(x))
+    bt.export(back, tmp_path / "encoder.pt", x)
+    assert torch.equal(torch.jit.load(tmp_path / "encoder.pt")(x), sae.encode(x))
 
 PEERS = """
 import sys, torch
@@ -377,6 +564,54 @@ def test_the_real_packages_load_the_other_formats(planted, tmp_path):
     for name, f in found.items():
         torch.testing.assert_close(f, expected[name], atol=1e-5, rtol=1e-5)
         assert torch.equal(f > 0, expected[name] > 0), name
+
+WRITE = """
+import sys, torch
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, JumpReLUTrainingSAE
+from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+folder, x, found = sys.argv[1], torch.load(sys.argv[1] + "/x.pt"), {}
+kinds = {"jumprelu": (JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, {}),
+         "topk": (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": 5}),
+         "drifted": (TopKTrainingSAE, TopKTrainingSAEConfig, {"k": 5, "rescale_acts_by_decoder_norm": False}),
+         "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {"k": 3.5})}
+torch.manual_seed(0)
+with torch.no_grad():
+    for kind, (make, config, own) in kinds.items():
+        for i, (b_dec, normalize, dtype) in enumerate(((True, "none", "float32"), (False, "none", "float32"),
+                                                       (False, "layer_norm", "bfloat16"))):
+            sae = make(config(48, 64, apply_b_dec_to_input=b_dec, normalize_activations=normalize,
+                              dtype=dtype, **own))
+            for p in sae.parameters():
+                p.copy_(torch.randn_like(p))
+            sae.W_dec *= torch.linspace(0.01, 0.4, 64)[:, None]
+            if kind == "batchtopk":
+                sae.topk_threshold.fill_(5)
+            sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = "blocks.2.hook_mlp_out", "gpt2-small"
+            path = f"{folder}/{kind}-{i}"
+            sae.save_inference_model(path)
+            sae = SAE.load_from_disk(path, device="cpu", dtype="float32")
+            found[f"{kind}-{i}"] = sae.encode(x), sae(x), sae.W_dec
+torch.save(found, folder + "/found.pt")
+"""
+
+@pytest.mark.skipif("PEERS_PYTHON" not in os.environ, reason="PEERS_PYTHON: a python that has sae-lens")
+def test_what_the_real_saelens_saves_has_the_same_latents_here(planted, tmp_path):
+    x = planted.batch(500, 93)
+    torch.save(x, tmp_path / "x.pt")
+    command = [os.environ["PEERS_PYTHON"], "-W", "ignore", "-c", WRITE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    for name, (f, x_hat, W_dec) in torch.load(tmp_path / "found.pt").items():
+        sae, kind = bt.SAE.load(tmp_path / name), name.split("-")[0]
+        found, norm = sae.encode(x), 1 if kind in ("topk", "drifted") else W_dec.norm(dim=1)
+        assert torch.equal(found > 0, f > 0) and 2 < f.count_nonzero() / 500 < 60, name
+        torch.testing.assert_close(found, f * norm, atol=5e-5, rtol=5e-5)
+        torch.testing.assert_close(sae(x), x_hat, atol=5e-4, rtol=5e-4)
+        cfg = sae.config
+        assert (cfg.model, cfg.layer, cfg.site) == ("openai-community/gpt2", 2, "mlp_out")
+        assert cfg.k == {"jumprelu": 1, "topk": 5, "drifted": 5, "batchtopk": 3.5}[kind]
+        known = {"drifted": "topk", "batchtopk-2": "jumprelu"}  # bfloat16 rounds rows, so that θ would differ
+        assert cfg.activation == known.get(name, known.get(kind, kind))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

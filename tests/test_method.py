@@ -145,6 +145,17 @@ def test_save_and_load_are_inverse(tmp_path, planted_sae):
     for selection in ("theta", "batch"):
         assert torch.equal(loaded.encode(randn(9, 12), selection), jump.encode(randn(9, 12)))
 
+def test_gradients_of_a_loaded_sae_flow_to_x_alone_unless_it_is_to_be_trained(tmp_path, planted, planted_sae):
+    """Bug here once: encode(x).numpy() failed, and each latent kept the graph of its computation alive."""
+    planted_sae.save(tmp_path)
+    sae, x = bt.SAE.load(tmp_path), planted.batch(20, 80)
+    assert not sae.encode(x).requires_grad and not sae(x, "batch").requires_grad
+    x.requires_grad_()
+    expected, found = (torch.autograd.grad(each(x).square().sum(), x)[0] for each in (planted_sae, sae))
+    assert torch.equal(found, expected) and found.any()
+    sae.requires_grad_()(x).square().sum().backward()
+    assert all(p.grad.any() for p in sae.parameters())
+
 def test_an_sae_is_of_the_kind_that_its_configuration_asks_for():
     """Bug here once: a subclass passed for its base, was saved, and came back as another class."""
     for wanted, asked in itertools.product(ACTIVATIONS, ACTIVATIONS):

@@ -30,18 +30,18 @@ def torchrun(*arguments):
 
 ACTIVATIONS = "batchtopk", "topk", "jumprelu"  # the first begins as the second
 
-def train_here(activation, folder):
+def train_here(activation, folder, group=bt.Processes()):
     """What this process's steps give: its statistics, all latents, which entries are kept at the end."""
     cfg, planted = dataclasses.replace(CFG, activation=activation), Planted()
-    trainer, stats = bt.Trainer(cfg), []
+    trainer, stats = bt.Trainer(cfg, group.keep_share_(bt.make_sae(cfg))), []
     for i in range(STEPS):
         if i == STEPS // 2:  # some latents fall silent, so that the auxiliary loss has work
-            share = bt.processes.share(cfg)
+            share = group.share(cfg)
             dead = torch.arange(cfg.n_latents)[share] % 7 == 0
             trainer.sae.b_enc.data[dead] = -5.0
             trainer.sae.tokens_since_fired[dead] = 2000
         stats.append(list(trainer.step(planted.batch(256, i))))
-    x, first = planted.batch(64, 99).repeat(4, 1), bt.processes.share(cfg).start or 0  # four times: ties
+    x, first = planted.batch(64, 99).repeat(4, 1), group.share(cfg).start or 0  # four times: ties
     kept, centred = [], x - trainer.sae.b_dec.data
     for hint in (0.0, 1e9):
         latent, row, value = bt.find_entries(trainer.sae, centred, hint, cfg.n_kept(256) + 1)
@@ -49,7 +49,7 @@ def train_here(activation, folder):
     metrics = bt.evaluate(trainer.sae, [planted.batch(512, 98)])
     theta = bt.calibrate(trainer.sae, [planted.batch(512, 97)])
     trainer.sae.save(folder / activation)
-    bt.processes.total(0)  # all wait until it is saved
+    group.total(0)  # all wait until it is saved
     whole = bt.SAE.load(folder / activation)
     assert len(whole.b_enc) == 120 and whole.processes.size == 1
     alone, together = (bt.evaluate(sae, [planted.batch(512, 96)])["theta"] for sae in (whole, trainer.sae))
@@ -57,17 +57,18 @@ def train_here(activation, folder):
     assert len(alone["feature_density"]) == 120 and alone["frac_alive"] == together["frac_alive"]
     again = 1 if activation == "jumprelu" else theta  # a factor, of thresholds that are calibrated already
     assert bt.calibrate(whole, [planted.batch(512, 97)]) == pytest.approx(again, rel=1e-4)
-    state = bt.processes.all_latents(trainer.sae.state_dict())
+    state = group.all_latents(trainer.sae.state_dict())
     return dict(stats=torch.tensor(stats), state=dict(state), kept=kept, metrics=metrics, theta=theta)
 
 def train_there(folder, environment):
     """A process as torchrun starts it."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    bt.processes.join("cpu")
-    found = {activation: train_here(activation, folder) for activation in ACTIVATIONS}
-    found["ties"] = bt.processes.largest(torch.arange(4), torch.tensor([2.0, 1.0, 1.0, 1.0]), 4)[1]
-    torch.save(found, folder / f"{bt.processes.rank}.pt")
+    group = bt.Processes.join("cpu")
+    assert group == bt.Processes.join("cpu"), "again"
+    found = {activation: train_here(activation, folder, group) for activation in ACTIVATIONS}
+    found["ties"] = group.largest(torch.arange(4), torch.tensor([2.0, 1.0, 1.0, 1.0]), 4)[1]
+    torch.save(found, folder / f"{group.rank}.pt")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
