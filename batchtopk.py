@@ -1664,11 +1664,16 @@ class RunConfig(Config):
     max_norm: float = option(4, "leave out tokens whose norm is over this multiple of the median; 0: none")
     norm_limit: float = option(0.0, "the norm over which tokens are left out; 0: found by max_norm")
     model_batch: int = option(0, "contexts in one forward pass of the model; 0: 4096 tokens, 32,768 on a GPU")
-    buffer_tokens: int = option(131_072, "activations shuffled at a time; several passes want more", low=1)
+    buffer_tokens: int = option(0, "activations shuffled at a time; 0: a quarter of the text's, ≤ 131,072")
     passes: int = option(1, "how often each activation is used: the model reads tokens / passes", low=1)
     ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
     checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
+
+    @property
+    def buffer_size(self) -> int:
+        """How many activations are shuffled at a time: a quarter, so that to stop and go on costs little."""
+        return max(self.batch_size, self.buffer_tokens or min(131_072, self.tokens // self.passes // 4))
 
     @classmethod
     def preset(cls, name: str, recipe: str = "ours", **overrides) -> RunConfig:
@@ -2077,27 +2082,46 @@ def pass_contexts(cfg, lm) -> int:
     """How many contexts the model reads at a time."""
     return cfg.model_batch or max(1, PASS_TOKENS[lm.device.type] // cfg.context)
 
-def activation_batches(cfg, lm, at=Position()):
-    """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it."""
-    stream, most = contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
-    size = min(most, cfg.tokens) + cfg.context
-    buffer = torch.empty(size, lm.d_model, dtype=lm.model.dtype, device=lm.device)
-    while at.tokens < cfg.tokens:  # fill the buffer, then serve its rows, each pass in a random order
-        start, n, left = at, 0, cfg.tokens - at.tokens
-        wanted = min(most, math.ceil(left / cfg.passes))  # no activation is computed that no step will use
+def activation_batches(cfg, lm, at=Position(), on_read=lambda n, wanted: False):
+    """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it.
+
+    The model fills a buffer with the next tokens of the text. Then its rows are served in a random order,
+    `passes` times, each time in another one. Position: where in the text the present buffer begins, and how
+    many of its batches were used. To resume, the same buffer is read again, and those are passed over. For
+    batch_size 64, buffer_tokens 200 and contexts of which 127 tokens are read:
+
+        Position(0, 0, 0, 0)    the start: two contexts are read, which give 254 rows
+        Position(0, 0, 1, 0)    after the first of three batches; the 62 rows left over will not be used
+        Position(0, 0, 2, 0)    after the second; here the run is stopped
+        Position(0, 0, 2, 0)    resumed, with this as `at`: the same contexts are read, the same order drawn
+        Position(0, 0, 3, 0)    after the third batch, the first that is served now
+        Position(0, 2, 1, 192)  after the first of the next buffer, which begins at the third context
+
+    on_read(n, wanted) is called as a buffer is filled, with how many tokens it has and will have; if it
+    returns True the batches end.
+    """
+    stream, next_buffer = contexts(cfg, lm.tokenizer, at), at
+    buffer = torch.empty(min(cfg.buffer_size, cfg.tokens) + cfg.context, lm.d_model, dtype=lm.model.dtype,
+                         device=lm.device)
+    while next_buffer.tokens < cfg.tokens:
+        begin, left = next_buffer, cfg.tokens - next_buffer.tokens
+        n, wanted = 0, min(cfg.buffer_size, math.ceil(left / cfg.passes))  # no more than steps will use
         while n < wanted:
             few = min(pass_contexts(cfg, lm), math.ceil((wanted - n) / cfg.context))
             ids, positions = zip(*itertools.islice(stream, few))
             x, _ = lm.kept_activations(torch.stack(ids))
             buffer[n : n + len(x)] = x
-            n, at = n + len(x), positions[-1]
-        orders = [random_order(n, cfg.seed, *start[:2], *range(again)) for again in range(cfg.passes)]
-        rows = torch.cat(orders)[:left].to(lm.device)
-        used = left if len(rows) == left else len(rows) - len(rows) % cfg.batch_size
-        for i, some in enumerate(rows[:used].split(cfg.batch_size)):
-            if i >= start.batches:
-                yield buffer[some], start._replace(batches=i + 1)
-        at = at._replace(tokens=start.tokens + used)
+            n += len(x)
+            if on_read(n, wanted):
+                return
+        seeds = cfg.seed, begin.documents, begin.contexts
+        rows = torch.cat([random_order(n, *seeds, *range(again)) for again in range(cfg.passes)])[:left]
+        if len(rows) < left:  # other buffers follow
+            rows = rows[: len(rows) - len(rows) % cfg.batch_size]
+        for used, some in enumerate(rows.to(lm.device).split(cfg.batch_size), 1):
+            if used > begin.batches:  # else it was used before the run was resumed
+                yield buffer[some], begin._replace(batches=used)
+        next_buffer = positions[-1]._replace(tokens=begin.tokens + len(rows))
 
 HELD_OUT_SHARE = 0.02  # of the held-out tokens come from one document, if there are enough documents
 READ_AHEAD = 1_000_000  # more tokens than are used are read at most, to find enough documents

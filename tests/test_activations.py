@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import socket
@@ -464,6 +465,33 @@ def test_activations_continue_exactly_from_every_position(passes, tmp_path, lm, 
         again = list(bt.activation_batches(cfg, CountingModel(lm.tokenizer), at))
         assert len(again) == len(pairs) - i - 1
         assert all(torch.equal(x[:, 1], y[:, 1]) for (x, _), (y, _) in zip(pairs[i + 1 : i + 4], again))
+
+def test_the_example_of_a_resume_is_so(tmp_path, lm):
+    """That of the docstring. What continues from a Position that an older version saved is the same run."""
+    model = SinkModel(lm.tokenizer)
+    model.special = torch.tensor([])
+    cfg = small(dataset=write_texts(tmp_path, lines(600)), batch_size=64, buffer_tokens=200, context=128,
+                tokens=1_000)
+    said = re.findall(r"^ +Position\((.*)\)  ", bt.activation_batches.__doc__, re.M)
+    assert len(said) == 6
+    start, first, stopped, at, third, second_buffer = (bt.Position(*map(int, p.split(","))) for p in said)
+    batches = list(bt.activation_batches(cfg, model, start))
+    assert [p for _, p in batches[:4]] == [first, stopped, third, second_buffer]
+    read, resumed = [], bt.activation_batches(cfg, model, at, lambda *n: read.append(n))
+    x, after = next(resumed)
+    assert torch.equal(x, batches[2][0]) and after == third and read == [(254, 200)]
+    ended = bt.activation_batches(cfg, model, at, lambda n, wanted: read.append(n) or True)
+    assert list(ended) == [], "on_read ends them, before a batch is served"
+
+def test_the_buffer_is_a_share_of_the_text_unless_its_size_is_given():
+    """Bug here once: in a run of 120,000 tokens all were read before the first step, and again after a stop."""
+    cfg = bt.RunConfig(d_model=1, n_latents=64, tokens=120_000)
+    assert cfg.buffer_size == 30_000 and dataclasses.replace(cfg, passes=3).buffer_size == 10_000
+    assert dataclasses.replace(cfg, tokens=10**6).buffer_size == 131_072
+    assert dataclasses.replace(cfg, tokens=1000, batch_size=512).buffer_size == 512, "at least a batch"
+    assert dataclasses.replace(cfg, buffer_tokens=131_072).buffer_size == 131_072, "as runs of before say"
+    for preset, size in (("gpt2-small", 1 << 20), ("gemma-2-2b", 1 << 19)):
+        assert bt.RunConfig.preset(preset, d_model=1).buffer_size == size
 
 # Tokens whose norm is many times the others'
 
