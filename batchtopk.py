@@ -2082,7 +2082,7 @@ def pass_contexts(cfg, lm) -> int:
     """How many contexts the model reads at a time."""
     return cfg.model_batch or max(1, PASS_TOKENS[lm.device.type] // cfg.context)
 
-def activation_batches(cfg, lm, at=Position(), on_read=lambda n, wanted: False):
+def activation_batches(cfg, lm, at=Position(), on_read=None):
     """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it.
 
     The model fills a buffer with the next tokens of the text. Then its rows are served in a random order,
@@ -2112,7 +2112,7 @@ def activation_batches(cfg, lm, at=Position(), on_read=lambda n, wanted: False):
             x, _ = lm.kept_activations(torch.stack(ids))
             buffer[n : n + len(x)] = x
             n += len(x)
-            if on_read(n, wanted):
+            if on_read and on_read(n, wanted):
                 return
         seeds = cfg.seed, begin.documents, begin.contexts
         rows = torch.cat([random_order(n, *seeds, *range(again)) for again in range(cfg.passes)])[:left]
@@ -2160,9 +2160,18 @@ def passages(documents, most, wanted):
         start = place.randrange(1 + max(0, len(document) - most))
         yield document[start : start + most]
 
-def shuffled_activations(cfg, lm, ids):
-    """The activations [m, D] that the SAE reads of ids [n, T], in a random order that is always the same."""
-    x = torch.cat([lm.kept_activations(part)[0] for part in ids.split(pass_contexts(cfg, lm))])
+def shuffled_activations(cfg, lm, ids, on_read=None):
+    """The activations [m, D] that the SAE reads of ids [n, T], in a random order that is always the same.
+
+    on_read is called after each pass of the model with the number of tokens that it has read and will read.
+    """
+    parts, n = [], 0
+    for part in ids.split(pass_contexts(cfg, lm)):
+        parts.append(lm.kept_activations(part)[0])
+        n += part.numel()
+        if on_read:
+            on_read(n, ids.numel())
+    x = torch.cat(parts)
     return x[random_order(len(x), 0).to(x.device)]
 
 class LeftOut(NamedTuple):

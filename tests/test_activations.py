@@ -681,10 +681,9 @@ def test_what_no_sae_changes_is_computed_once_for_all_of_a_comparison(lm, finish
             assert found[form] == pytest.approx(alone[form], rel=1e-6)
 
 def test_an_interrupted_comparison_continues_to_the_same_end(lm, data, finished, tmp_path, monkeypatch):
-    """Interrupted between two steps, and once more in the evaluation."""
+    """Stopped between two steps, and interrupted once more in the evaluation."""
     seen, folder = [], tmp_path / "twice"
-    with pytest.raises(KeyboardInterrupt):
-        cli.train_runs(configs(data), lm, folder, on_step=stop_after(9, seen))
+    assert cli.train_runs(configs(data), lm, folder, on_step=stop_after(9, seen)) is None
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cli, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))
         cli.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
@@ -692,6 +691,22 @@ def test_an_interrupted_comparison_continues_to_the_same_end(lm, data, finished,
     results = cli.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
     assert seen == finished[2] and [r["theta"] for r in results] == [r["theta"] for r in finished[1]]
     assert_same_run(folder, finished[0])
+
+def test_a_run_that_is_stopped_while_it_reads_is_saved_and_continues_to_the_same_end(lm, data, tmp_path):
+    folder, read = tmp_path / "run", []
+
+    def on_read(n, wanted):  # stops in the second buffer
+        full = [wanted for n, wanted in read if n >= wanted == 1000]
+        read.append((n, wanted))
+        return bool(full)
+    cfg = dataclasses.replace(configs(data)["token"], model_batch=4)
+    assert cli.train_runs({"": cfg}, lm, folder, on_read=on_read) is None
+    assert read[-1][0] < 1000 and cli.saved_states(folder) == [(1, 768)], "three batches are in a buffer"
+    assert sum(n == wanted for n, wanted in read[:-1]) == 2, "held-out text, too, is told of"
+    whole = cli.train_runs({"": cfg}, lm, tmp_path / "whole")
+    again = cli.train_runs({"": cfg}, lm, folder, resume=True)
+    assert again[0]["theta"] == whole[0]["theta"]
+    assert_same_run(folder, tmp_path / "whole")
 
 def test_an_interrupt_within_a_step_keeps_the_last_good_checkpoint(lm, data, finished, tmp_path, monkeypatch):
     """The first SAE has taken its step and the second has not: that state must not be saved."""
@@ -701,8 +716,7 @@ def test_an_interrupt_within_a_step_keeps_the_last_good_checkpoint(lm, data, fin
         if trainer.cfg.activation == "jumprelu" and trainer.steps == 11:
             raise KeyboardInterrupt
         return step(trainer, x)
-    with pytest.raises(KeyboardInterrupt):
-        cli.train_runs(configs(data), lm, folder, on_step=stop_after(4, []))
+    assert cli.train_runs(configs(data), lm, folder, on_step=stop_after(4, [])) is None
     [state] = folder.glob("state-*")
     before = state.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
