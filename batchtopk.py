@@ -412,13 +412,13 @@ def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: 
 
     batches: any iterable of float tensors [n, D] of any n, shuffled. First some tokens are set aside for
     b_dec, x_std and θ: 5 % of cfg.tokens, at most cfg.eval_tokens, at least one batch. A generator has to
-    give cfg.tokens after these; a list starts again when it ends, so then these are no longer held out.
+    give cfg.tokens after these; a list starts again when it ends, without these.
     on_step(tokens seen, [StepStats]) is called after each step; True ends training.
     InputError if the batches end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
-    stream = rebatch(repeat(lambda: filter(torch.numel, batches)), cfg.batch_size, trainer.device)
     n_held_out = max(1, min(cfg.eval_tokens, cfg.tokens // 20) // cfg.batch_size)
+    stream = rebatch(without_end(batches, n_held_out * cfg.batch_size), cfg.batch_size, trainer.device)
     held_out = list(itertools.islice(stream, n_held_out))
     trainer.initialize_(torch.cat(check_given(held_out, 0, cfg.tokens)))
     while trainer.tokens_seen < cfg.tokens:
@@ -578,11 +578,21 @@ def resolve_device(name: str) -> torch.device:
     check_choice("device", device.type, ("cpu", "cuda"))
     return device
 
-def repeat(make):
-    """The items of make(), made again and again until one gives nothing."""
-    while (first := next(items := iter(make()), None)) is not None:
-        yield first
-        yield from items
+def without_end(batches: Iterable[Tensor], set_aside: int) -> Iterator[Tensor]:
+    """Tokens [n, D] of batches [..., D], which begin again when they end, until they give none.
+
+    The first tokens, those set aside, are given once, unless there are no others.
+    """
+    skipped, n = 0, 1
+    while n:
+        n = 0
+        for batch in filter(torch.numel, batches):
+            rows = batch.reshape(-1, batch.shape[-1])
+            yield rows[max(0, skipped - n):]
+            n += len(rows)
+        skipped = set_aside if n > set_aside else 0
+        if 0 < n <= set_aside:
+            warnings.warn(f"the batches hold {n:,} tokens: θ is calibrated on tokens that are trained on")
 
 def rebatch(chunks: Iterable[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
     """Float32 batches [size, D] of tensors [..., D], in order; the last may be smaller."""
@@ -2056,20 +2066,41 @@ TEXT_SHUFFLE = 8192  # contexts, because a few long documents could fill the buf
 def contexts(cfg, tokenizer, at=Position()):
     """Training text without end: contexts [T] of token ids, each with the Position after it."""
     n, left = min(TEXT_SHUFFLE, -(-cfg.tokens // cfg.context)), threading.Event()
-    texts = itertools.islice(repeat(lambda: documents(cfg, "train")), at.documents, None)
+    lengths, first, packed, warned = [], at.documents, 0, False  # lengths: the documents in all the text
+
+    def again_and_again():
+        while not lengths or lengths[0]:
+            length = 0
+            for length, text in enumerate(documents(cfg, "train"), 1):
+                yield text
+            lengths.append(length)
+
+    texts = itertools.islice(again_and_again(), at.documents, None)
     texts = tokenise(tokenizer, itertools.takewhile(lambda text: not left.is_set(), texts))
     with ThreadPoolExecutor(1) as thread:
         pack_next = functools.partial(thread.submit, pack, cfg, tokenizer, texts, n)
         ahead = pack_next()
         try:
             while True:
-                (chunk, n_documents), ahead = ahead.result(), pack_next()
+                chunk, n_documents = ahead.result()
+                packed, end = packed + len(chunk), at.documents + n_documents
+                if not warned and lengths and end >= lengths[0]:
+                    warned = True
+                    warn_of_repetition(cfg, lengths[0] * packed / (end - first))
+                ahead = pack_next()
                 chunk = chunk[random_order(len(chunk), cfg.seed, at.documents)]
                 for used in range(at.contexts, len(chunk)):
                     yield chunk[used], Position(at.documents, used + 1)
-                at = Position(at.documents + n_documents)
+                at = Position(end)
         finally:
             left.set()  # else the thread would finish its chunk before a process can end
+
+def warn_of_repetition(cfg, n_contexts):
+    """Warn if a run reads more than its text, of about so many contexts, has."""
+    n_tokens = n_contexts * (cfg.context - 1)
+    times = cfg.tokens / cfg.passes / n_tokens
+    if times > 1:
+        warnings.warn(f"the training text has about {n_tokens:,.0f} tokens: the run reads it {times:.1f} times")
 
 def random_order(n, *seeds):
     """The numbers below n in a random order that depends on all these whole numbers."""

@@ -530,6 +530,9 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
         if not len(calibration) or not len(evaluation):
             raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit "
                                 "on norms that leaves out all")
+        if min(len(calibration), len(evaluation)) < 0.9 * cfg.eval_tokens:  # norms left out are far fewer
+            warnings.warn(f"held-out text gives {len(calibration):,} tokens for θ and {len(evaluation):,} to "
+                          f"evaluate, not {cfg.eval_tokens:,}")
         trainers = {name: bt.Trainer(own) for name, own in configs.items()}
         seconds = dict.fromkeys(trainers, 0.0)  # in each SAE's own steps
         cfg = replace(cfg, **found)

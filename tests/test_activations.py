@@ -403,6 +403,26 @@ def test_contexts_continue_from_their_position_and_repeat_without_end(tmp_path, 
         again = bt.contexts(cfg, lm.tokenizer, positions[start])
         assert all(torch.equal(context, next(again)[0]) for context in found[start + 1 : start + 60])
 
+def test_a_run_that_reads_its_text_more_than_once_says_how_often(tmp_path, lm, recwarn, monkeypatch):
+    """Bug here once: a file of 200 kB was read more than three times in silence, and L0 was 33.6 for k = 32."""
+    monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
+    cfg = small(dataset=write_texts(tmp_path, lines(300)), context=16)
+    length = 16 * len(bt.pack(cfg, lm.tokenizer, bt.tokenise(lm.tokenizer, bt.documents(cfg, "train")), 10**6)[0])
+
+    def warned(n_contexts, **changes):
+        recwarn.clear()
+        stream = bt.contexts(dataclasses.replace(cfg, **changes), lm.tokenizer)
+        [*itertools.islice(stream, n_contexts)]
+        stream.close()
+        return [re.search(r"has about ([\d,]+) tokens: the run reads it ([\d.]+) times", str(w.message))
+                for w in recwarn]
+    [said] = warned(600, tokens=2 * length)
+    assert float(said[1].replace(",", "")) == pytest.approx(length * 15 / 16, rel=0.03)
+    assert float(said[2]) == pytest.approx(2 * 16 / 15, rel=0.05)
+    assert not warned(600, tokens=length // 2) and not warned(600, tokens=2 * length, passes=3)
+    monkeypatch.setattr(bt, "TEXT_SHUFFLE", 8192)
+    assert len(warned(1, tokens=2 * length)) == 1, "of a short text before the first context is used"
+
 @pytest.mark.slow
 def test_a_process_that_leaves_a_stream_open_ends_at_once_and_cleanly():
     """Bug here once: a thread was killed inside native code at exit, and the process aborted."""
@@ -725,6 +745,17 @@ def test_an_interrupt_within_a_step_keeps_the_last_good_checkpoint(lm, data, fin
     assert state.read_bytes() == before
     cli.train_runs(configs(data), lm, folder, resume=True)
     assert_same_run(folder, finished[0])
+
+def test_held_out_text_that_is_shorter_than_asked_for_is_said(lm, data, tmp_path, recwarn):
+    """Bug here once: 65,536 tokens became 6,542 in silence."""
+    cfg = dataclasses.replace(configs(data)["batch"], tokens=256, n_latents=16)
+    for asked in (300, 65_536):
+        cli.train_runs({"": dataclasses.replace(cfg, eval_tokens=asked)}, lm, tmp_path / str(asked))
+        said = [re.fullmatch(r"held-out text gives ([\d,]+) tokens for θ and ([\d,]+) to evaluate, not 65,536",
+                             str(w.message)) for w in recwarn if "held-out" in str(w.message)]
+        assert len(said) == (asked == 65_536)
+    result = json.loads((tmp_path / "65536" / "evaluation.json").read_text())
+    assert int(said[0][2].replace(",", "")) == result["eval_tokens"] < 10_000
 
 def test_a_run_whose_data_set_fails_is_saved_and_continues_when_it_is_mended(lm, tmp_path, monkeypatch):
     """A bad line after many good ones."""
