@@ -2100,7 +2100,7 @@ def warn_of_repetition(cfg, n_contexts):
     n_tokens = n_contexts * (cfg.context - 1)
     times = cfg.tokens / cfg.passes / n_tokens
     if times > 1:
-        warnings.warn(f"the training text has about {n_tokens:,.0f} tokens: the run reads it {times:.1f} times")
+        warnings.warn(f"the training text has about {n_tokens:,.0f} tokens and is read {times:.1f} times")
 
 def random_order(n, *seeds):
     """The numbers below n in a random order that depends on all these whole numbers."""

@@ -240,17 +240,16 @@ class Bar:
                                  transient=True, disable=not err.is_terminal)
         self.task = self.progress.add_task("loading the model and text", total=None)
         self.total, self.passes, self.tokens, self.training = total, passes, tokens, False
-        self.work, self.each = {}, dict.fromkeys(("reading", "steps", "contexts"), math.nan)  # see `time`
         self.last = self.told = time.monotonic()
+        self.timed = {}  # by kind of work: how much is done, and of how many tokens the seconds are known
 
-    def time(self, kind, done, total):
-        """So much of a kind of work is done. Returns the mean seconds of a token, NaN as long as unknown."""
+    def each(self, kind, done, total):
+        """So much of a kind of work is done. Returns what a token of it takes in seconds; NaN: not known."""
         now = time.monotonic()
-        before, tokens, seconds = self.work.get(kind, (done, 0, self.last - now))  # the first warms up: 0 s
+        before, tokens, seconds = self.timed.get(kind, (done, 0, self.last - now))  # the first warms up: 0 s
         tokens, seconds = tokens + done - before, seconds + now - self.last
-        self.work[kind], self.last = (done % total, tokens, seconds), now
-        self.each[kind] = seconds / tokens if tokens else math.nan
-        return self.each[kind]
+        self.timed[kind], self.last = (done % total, tokens, seconds), now
+        return seconds / tokens if tokens else math.nan
 
     def show(self, text, each, done, total, left):
         """Show how much is done, how fast that is if a token takes `each` seconds, and the seconds left."""
@@ -259,46 +258,44 @@ class Bar:
         self.progress.update(self.task, description=text, completed=done, total=total)
         if not err.is_terminal and self.last > self.told + 60:
             self.told = self.last
-            err.out(text)
+            err.out(f"{done / total:.0%}  {text}")
 
-    @property
     def left(self):
-        """The seconds that are left of training: of reading, and of steps."""
-        return self.unread * self.each["reading"] + (self.total - self.tokens) * self.each["steps"]
+        """The seconds of training that are left, of reading and of steps."""
+        return self.unread * self.reading + (self.total - self.tokens) * self.stepping
 
     def read(self, n, wanted):
-        """So many of the tokens that a buffer wants, or the held-out ones, were read."""
+        """So many of the tokens that a buffer wants, or of the held-out ones, were read."""
         n = min(n, wanted)
-        each, text = self.time("reading", n, wanted), f"reading {n:,} of {wanted:,} tokens"
+        self.reading = self.each("reading", n, wanted)
         self.unread = max(0, (self.total - self.tokens) / self.passes - n)
-        of_training = self.tokens, self.total, self.left
-        self.show(text, each, *(of_training if self.training else (n, wanted, (wanted - n) * each)))
+        own = n, wanted, (wanted - n) * self.reading
+        place = (self.tokens, self.total, self.left()) if self.training else own
+        self.show(f"reading {n:,} of {wanted:,} tokens", self.reading, *place)
 
     def step(self, tokens, stats):
         """So many tokens were trained on; stats: each SAE's StepStats."""
-        each, now = self.time("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
+        self.stepping, now = self.each("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
         self.tokens, self.training = tokens, tokens < self.total
-        text = "" if err.is_terminal else f"{tokens:,} of {self.total:,} tokens  "
-        text += f"fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
-        self.show(text, each, tokens, self.total, self.left)
+        text = f"fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
+        self.show(text, self.stepping, tokens, self.total, self.left())
 
     def cross_entropy(self, done, total):
         """It was measured on so many contexts."""
-        each = self.time("contexts", done, total)
-        self.show(f"cross-entropy: {done} of {total} contexts", 0, done, total, (total - done) * each)
+        left = (total - done) * self.each("contexts", done, total)
+        self.show(f"cross-entropy: {done} of {total} contexts", 0, done, total, left)
 
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM end what is in it: at once, or if it is `patient` when that sees in
-    `number` that it should; a second one at once."""
+    """While it is open, Ctrl-C and SIGTERM end what is in it: at once, or if `patient` when that looks for the
+    signal's `number`; a second one at once."""
     number, patient = 0, False
 
     def __enter__(self):
-        signals = signal.SIGINT, signal.SIGTERM
-        self.previous = {number: signal.signal(number, self.hear) for number in signals}
+        self.before = [(each, signal.signal(each, self.hear)) for each in (signal.SIGINT, signal.SIGTERM)]
 
     def __exit__(self, kind, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for handler in self.before:
+            signal.signal(*handler)
         return kind is SystemExit
 
     def hear(self, number, frame):
@@ -317,12 +314,10 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         check_run_folder(folder, resume)
     [cfg, *_], results, stop = configs.values(), None, Stop()
     bar = Bar(cfg.tokens, cfg.passes, max((tokens for _, tokens in saved_states(folder)), default=0))
-    if len(configs) > 1:
-        tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens", err)
 
     def on_step(tokens, stats):
         if not bar.training:  # the first
-            what = "the SAEs are" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g},"
+            what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g},"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
             tell(f"{what} on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}{left_out(lm)}", err)
         bar.step(tokens, stats)
@@ -424,7 +419,8 @@ def load(run, device, **site):
 MEANINGS = {
     "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
     "mse": "mean squared distance to the reconstruction", "l0": "mean active latents per token",
-    "frac_alive": "share of latents that fired", "ce_clean": "cross-entropy of the model, nats per token",
+    "frac_alive": "share of latents that fired on these held-out tokens",
+    "ce_clean": "cross-entropy of the model, nats per token",
     "ce_sae": "… reconstruction spliced in", "ce_zero": "… zeros instead",
     "ce_mean": "… the mean activation instead", "ce_degradation": "ce_sae - ce_clean",
     "ce_recovered": "1 is the untouched model, 0 is zeros", "kl": "from the untouched model",
@@ -435,8 +431,9 @@ def show_metrics(result, as_json):
     """An evaluation as a table, or as JSON."""
     if as_json:
         return out.out(json.dumps(result))
-    tell("{run}: {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
-         "their norm".format(**result))
+    trained = f"{result['tokens']:,} tokens of training, " if result["tokens"] else ""
+    tell("{run}: {}{eval_tokens:,} held out, beside {left_out:.2%} left out for their norm".format(
+        trained, **result))
     table = Table("metric", "batch", f"θ = {result['theta_value']:.4g}", "meaning")
     for name, meaning in MEANINGS.items():
         both = (result[selection][name] for selection in ("batch", "theta"))
@@ -445,8 +442,8 @@ def show_metrics(result, as_json):
     low, middle, high = l0_quantiles(result["theta"]["l0_histogram"])
     tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over {high}.")
     if "rare" in result:
-        tell("At the end of training {dead:.1%} of the latents are dead; {rare:.1%} fired on fewer than one "
-             "token in 100,000.".format(**result))
+        tell("At the end of training {dead:.1%} of the latents were dead (silent for --dead-tokens); {rare:.1%} "
+             "fired on fewer than {} of the last {:,} tokens.".format(*rarity(result), **result))
 
 def l0_quantiles(histogram):
     """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] tokens have count c."""
@@ -573,6 +570,11 @@ def is_rare(trainer):
     """Which latents [F] fired on fewer than one in RARE of the tokens that are counted."""
     return trainer.n_fired < (trainer.cfg.tokens - uncounted(trainer.cfg)) / RARE
 
+def rarity(result):
+    """(n, of): rare latents of a run fired on fewer than n of so many tokens."""
+    counted = min(result["tokens"], COUNTED)
+    return math.ceil(counted / RARE), counted
+
 SAME, COSINES = 0.9, 1 << 24  # the cosine that two latents must exceed; how many are held at a time
 
 def seeds_agreement(trainers):
@@ -613,19 +615,13 @@ def clock(device):
     return time.perf_counter()
 
 def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step, on_read):
-    """The training of train_runs, from its start or its last saved state; it ends with a saved state.
-
-    Returns whether it came to its end, and was not stopped.
-    """
+    """The training of train_runs, from its start or last saved state to a saved state; whether to its end."""
     tokens, at, records = load_state_(folder, trainers, seconds)
     for name, trainer in trainers.items():
         write(folder / name / "config.json", bt.config_json(trainer.cfg))
     saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
     now = functools.partial(clock, lm.device) if len(trainers) > 1 else time.perf_counter  # waits take time
-
-    def any_stops(*read):
-        return bt.processes.total(bool(on_read and on_read(*read)))
-
+    any_stops = lambda *n: bt.processes.total(bool(on_read and on_read(*n)))  # noqa: E731
     with contextlib.closing(bt.activation_batches(cfg, lm, at, any_stops)) as batches:
         while tokens < cfg.tokens:
             try:
@@ -807,7 +803,8 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None, on_read=None):
         for selection in ("batch", "theta"):
             metrics[selection] |= to_json_values(spliced[selection])
         theta = float(sae.processes.gather(sae.get_theta().detach()).mean())
-        results.append({"run": str(folder), "tokens": sae.config.tokens, "k": sae.config.k,
+        trained = sae.config.tokens if (Path(folder) / "metrics.jsonl").is_file() else None  # from Python
+        results.append({"run": str(folder), "tokens": trained, "k": sae.config.k,
                         "theta_value": theta, "left_out": left_out, "eval_tokens": metrics.pop("tokens"),
                         **metrics})
     seconds = round(time.perf_counter() - started, 2)
@@ -1071,8 +1068,9 @@ def show_comparison(names, groups):
     seeds = f"Mean ± standard deviation over {len(more) + 1} seeds" if more else "One seed"
     agree = "agree: share of the others that two seeds both have; " if "agreement" in shares else ""
     tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
-         "their norm. L0, ce: with θ, ce: loss added, nats per token; dead: at the end; rare: fired on fewer "
-         "than one token in 100,000; {}s: seconds in the SAE's own steps.".format(seeds, agree, **first))
+         "their norm. L0, ce: with θ, ce: loss added, nats per token; dead: silent for --dead-tokens at the "
+         "end; rare: fired on fewer than {} of the last {:,} tokens; {}s: seconds in the SAE's own steps."
+         .format(seeds, *rarity(first), agree, **first))
 
 STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"),
           "jumprelu": ("#737373", "^", ":", "JumpReLU")}
@@ -1085,38 +1083,44 @@ def draw_comparison(names, groups, path):
     panels = list(itertools.product(varied, ("fvu", "ce_degradation")))
     figure = Figure(figsize=(5 * len(panels) + 6, 4), layout="constrained")
     *errors, last = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+    settings = [(dict(zip(names, key)) | {"k": f"{group[0]['k']:g}"}, group) for key, group in groups.items()]
     for panel, axes in zip(panels, errors):
-        draw_error(axes, names, groups, *panel)
-    draw_active_latents(last, names, groups)
+        draw_error(axes, settings, *panel)
+    draw_active_latents(last, settings)
     for axes in figure.axes:
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
-def draw_error(axes, names, groups, against, metric):
+def legend(setting):
+    """A setting in words."""
+    numbers = (f"{name} = {value}" for name, value in setting.items() if name != "activation")
+    return ", ".join([STYLES[setting["activation"]][3], *numbers])
+
+def draw_error(axes, settings, against, metric):
     """A metric against a field of RunConfig, a line for each combination of the others."""
     lines = {}
-    for key, group in groups.items():
-        rest = dict(zip(names, key))
-        point = (float(rest.pop(against)), *mean_and_spread(group, metric))
-        lines.setdefault(tuple(rest.values()), []).append(point)
-    for (method, *others), points in lines.items():
-        color, marker, line, title = STYLES[method]
+    for setting, group in settings:
+        said = legend({name: value for name, value in setting.items() if name != against})
+        point = (float(setting[against]), *mean_and_spread(group, metric))
+        lines.setdefault((setting["activation"], said), []).append(point)
+    for (method, said), points in lines.items():
+        color, marker, line, _ = STYLES[method]
         x, y, spread = zip(*sorted(points))
         axes.errorbar(x, y, yerr=spread, color=color, marker=marker, linestyle=line, markerfacecolor="none",
-                      capsize=3, label=" ".join([title, *others]))
-    ticks = sorted({float(key[names.index(against)]) for key in groups})
+                      capsize=3, label=said)
+    ticks = sorted({float(setting[against]) for setting, _ in settings})
     axes.set(xscale="log", xlabel=FIELDS[against].metadata["doc"].partition(";")[0], ylabel=MEANINGS[metric])
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
-def draw_active_latents(axes, names, groups):
-    """Active latents per token, for each method at the k nearest to the default."""
-    nearest_last = sorted(groups.items(), key=lambda item: -abs(item[1][0]["k"] - bt.RunConfig.k))
-    for method, result in {key[0]: group[0] for key, group in nearest_last}.items():
-        color, _, line, title = STYLES[method]
+def draw_active_latents(axes, settings):
+    """Active latents per token, for each method at the first setting whose k is nearest to the default."""
+    nearest_last = sorted(reversed(settings), key=lambda each: -abs(each[1][0]["k"] - bt.RunConfig.k))
+    for setting, [result, *_] in {each[0]["activation"]: each for each in nearest_last}.values():
+        color, _, line, _ = STYLES[setting["activation"]]
         histogram = result["theta"]["l0_histogram"]
         low, _, high = l0_quantiles(histogram)
-        style = {"color": color, "linestyle": line, "label": f"{title}: 90 % have {low} to {high}"}
+        style = {"color": color, "linestyle": line, "label": f"{legend(setting)}: 90 % have {low} to {high}"}
         if low == high:  # a spike that would flatten the others
             axes.axvline(low, **style)
         else:

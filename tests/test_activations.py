@@ -414,7 +414,7 @@ def test_a_run_that_reads_its_text_more_than_once_says_how_often(tmp_path, lm, r
         stream = bt.contexts(dataclasses.replace(cfg, **changes), lm.tokenizer)
         [*itertools.islice(stream, n_contexts)]
         stream.close()
-        return [re.search(r"has about ([\d,]+) tokens: the run reads it ([\d.]+) times", str(w.message))
+        return [re.search(r"has about ([\d,]+) tokens and is read ([\d.]+) times", str(w.message))
                 for w in recwarn]
     [said] = warned(600, tokens=2 * length)
     assert float(said[1].replace(",", "")) == pytest.approx(length * 15 / 16, rel=0.03)

@@ -146,7 +146,9 @@ def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run,
     site = ["--model", "tiny-gpt2", "--layer", 1, "--site", "resid_pre", "--device", "cpu", "--json"]
     named = invoke("eval", mine, *site, "--ce-contexts", 1)
     assert "the text is stdlib" in named.stderr
-    assert 0 < json.loads(named.stdout)["theta"]["fvu"] < 1
+    result = json.loads(named.stdout)
+    assert 0 < result["theta"]["fvu"] < 1 and result["tokens"] is None, "nobody knows"
+    assert "of training" not in invoke("eval", mine, *site[:-1], "--ce-contexts", 1).stdout
     assert len(json.loads(invoke("latents", mine, *site, "--count", 1).stdout)["latents"]) == 1
     planted_sae.save(tmp_path / "narrow")
     assert "width 48; those of 'tiny-gpt2' have 256" in invoke("eval", tmp_path / "narrow", *site).stderr
@@ -419,7 +421,7 @@ COMPARISON = ["compare", *options(without=["k"], tokens=1024, eval_tokens=256)]
 def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypatch):
     command = [*COMPARISON, "--activation", "batchtopk,topk", "--k", "4,8", "--seeds", 2, "--out", tmp_path]
     result = invoke(*command, "--json")
-    said = "8 SAEs on the same 1,024 tokens\nthe SAEs are on .*\n"
+    said = "8 SAEs on .*; 1,024 tokens on .*\n"
     assert re.fullmatch(said, result.stderr), result.stderr
     printed = json.loads(result.stdout)
     for r in printed["results"]:
@@ -524,9 +526,9 @@ def test_a_run_and_an_evaluation_say_how_much_they_have_read(tmp_path, monkeypat
     clock_of(monkeypatch, 61)
     stderr = invoke("train", "--out", tmp_path, *options()).stderr
     assert stderr.index("reading 1,024 of 2,") < stderr.index("256 latents") < stderr.index("cross-entropy: ")
-    for said in ("reading 2,048 of 2,176 tokens  17 tokens/s  0:00:08 left", "\nreading 2,048 of 2,048 tokens  "):
+    for said in ("94%  reading 2,048 of 2,176 tokens  17 tokens/s  0:00:08 left", "  reading 2,048 of 2,048 tokens  "):
         assert said in stderr, stderr
-    assert re.search(r"\n3,840 of 4,000 tokens  fvu 0\.\d+  L0 \d\.\d  dead .*  \d tokens/s  0:\d\d:\d\d left", stderr)
+    assert re.search(r"\n96%  fvu 0\.\d+  L0 \d\.\d  dead .*  \d tokens/s  0:\d\d:\d\d left\n", stderr)
     stderr = invoke("eval", tmp_path / "tiny", "--device", "cpu").stderr
     assert stderr.index("reading 1,024 of 2,176 tokens") < stderr.index("cross-entropy: ")
 
@@ -545,6 +547,33 @@ def test_a_stop_is_heard_at_once_or_when_it_is_looked_for_and_the_second_at_once
     assert len(reached) == 4, "once each, after the first of two"
     with pytest.raises(KeyError), cli.Stop():
         raise KeyError
+
+@pytest.mark.parametrize("tokens, said", [(40_000, "fewer than 1 of the last 40,000 tokens"),
+                                          (150_000, "fewer than 2 of the last 150,000"),
+                                          (10**9, "fewer than 10 of the last 1,000,000")])
+def test_how_often_a_rare_latent_fired_is_said_in_whole_tokens_that_were_counted(run, capsys, tokens, said):
+    """Bug here once: "fewer than one token in 100,000", of a run of 40,000; "0.4 % dead" beside frac_alive 0.94."""
+    cli.show_metrics(run[1] | {"tokens": tokens}, as_json=False)
+    table = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    assert said in table and "(silent for --dead-tokens)" in table
+    assert cli.MEANINGS["frac_alive"] == "share of latents that fired on these held-out tokens"
+
+def test_every_curve_of_a_comparison_says_its_setting(monkeypatch):
+    """Bug here once: the last panel did not say its k, nor of which n_latents it was."""
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+
+    def panels(names, groups):
+        theta = {"fvu": 0.1, "ce_degradation": 0.1, "l0_histogram": [1, 2, 3, 1]}
+        groups = {key: [{"k": k, "theta": theta}] for key, k in groups.items()}
+        cli.draw_comparison(names, groups, "")
+        return [axes.get_legend_handles_labels()[1] for axes in drawn[-1].axes]
+    *errors, last = panels(["activation", "k"], {("topk", "4"): 4, ("topk", "16"): 16, ("batchtopk", "4"): 4})
+    assert errors == [["TopK", "BatchTopK"]] * 2, "k is below the curves"
+    assert sorted(last) == ["BatchTopK, k = 4: 90 % have 0 to 3", "TopK, k = 16: 90 % have 0 to 3"]
+    *errors, last = panels(["activation", "n_latents"], {("topk", "64"): 8, ("topk", "128"): 8})
+    assert errors == [["TopK, k = 8"]] * 2 and last == ["TopK, n_latents = 64, k = 8: 90 % have 0 to 3"]
 
 @pytest.mark.parametrize("study", cli.STUDIES)
 def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, monkeypatch):
