@@ -651,8 +651,8 @@ def batches_for(sae: SAE, batches: Iterable[Tensor]) -> Iterator[Tensor]:
 def set_aside(cfg: Config, batches: Iterable[Tensor], device: torch.device):
     """Held-out batches for bt.train, and a function of a norm limit that gives the other tokens.
 
-    A list that is shorter than the run gives 5 % of its own tokens. When it starts again, its held-out
-    tokens are left out; only if they are all there is do they serve both.
+    A list that is shorter than the run gives 5 % of its own tokens. When it starts again these are left out,
+    unless they are all there is.
     """
     n_tokens = cfg.tokens
     if isinstance(batches, (list, tuple)):
@@ -660,15 +660,18 @@ def set_aside(cfg: Config, batches: Iterable[Tensor], device: torch.device):
     n = max(1, min(cfg.eval_tokens, n_tokens // 20) // cfg.batch_size)
     first = rebatch(leave_out(batches, 0), cfg.batch_size, device)
     held_out, left = list(itertools.islice(first, n)), list(itertools.islice(first, 1))
-    first = itertools.chain(left, first)
 
-    def again():
+    def from_the_start():
         tokens = rebatch(leave_out(batches, 0), cfg.batch_size, device)
-        return itertools.islice(tokens, len(held_out) if left else 0, None)
+        if left:
+            return itertools.islice(tokens, n, None)
+        warnings.warn(f"the batches hold {sum(map(len, held_out)):,} tokens: θ is calibrated on tokens that are "
+                      "trained on")
+        return tokens
 
     def others(norm_limit):
-        yield from leave_out(first, norm_limit)
-        yield from repeat(lambda: leave_out(again(), norm_limit))
+        yield from leave_out(itertools.chain(left, first), norm_limit)
+        yield from repeat(lambda: leave_out(from_the_start(), norm_limit))
 
     return held_out, others
 
@@ -1796,11 +1799,16 @@ class RunConfig(Config):
     prepend_bos: bool = option(True, "begin every context with the tokenizer's begin token, if it has one")
     skip_special: bool = option(True, "leave out special tokens and first positions: their norms are larger")
     model_batch: int = option(0, "contexts in one forward pass of the model; 0: 4096 tokens, 32,768 on a GPU")
-    buffer_tokens: int = option(131_072, "activations shuffled at a time; several passes want more", low=1)
+    buffer_tokens: int = option(0, "activations shuffled at a time; 0: a quarter of the text's, ≤ 131,072")
     passes: int = option(1, "how often each activation is used: the model reads tokens / passes", low=1)
     ce_contexts: int = option(128, "held-out contexts on which cross-entropy is measured, at most", low=1)
     checkpoint_minutes: float = option(10, "time between saved states, from which a run can be resumed")
     checkpoint_tokens: int = option(0, "tokens between saved states; 0: the time alone decides")
+
+    @property
+    def buffer_size(self) -> int:
+        """How many activations are shuffled at a time: a quarter, so that to stop and go on costs little."""
+        return max(self.batch_size, self.buffer_tokens or min(131_072, self.tokens // self.passes // 4))
 
     @classmethod
     def preset(cls, name: str, recipe: str = "ours", **overrides) -> RunConfig:
@@ -2182,20 +2190,41 @@ TEXT_SHUFFLE = 8192  # contexts, because a few long documents could fill the buf
 def training_contexts(cfg, tokenizer, at=Position()):
     """Training text without end: contexts [T] of token ids, each with the Position after it."""
     n, left = min(TEXT_SHUFFLE, -(-cfg.tokens // cfg.context)), threading.Event()
-    texts = itertools.islice(repeat(lambda: texts_of(cfg, "train")), at.documents, None)
+    lengths, first, packed, warned = [], at.documents, 0, False  # lengths: the documents in all the text
+
+    def again_and_again():
+        while not lengths or lengths[0]:
+            length = 0
+            for length, text in enumerate(texts_of(cfg, "train"), 1):
+                yield text
+            lengths.append(length)
+
+    texts = itertools.islice(again_and_again(), at.documents, None)
     texts = tokenise(tokenizer, itertools.takewhile(lambda text: not left.is_set(), texts))
     with ThreadPoolExecutor(1) as thread:
         pack_next = functools.partial(thread.submit, pack, cfg, tokenizer, texts, n)
         ahead = pack_next()
         try:
             while True:
-                (chunk, n_documents), ahead = ahead.result(), pack_next()
+                chunk, n_documents = ahead.result()
+                packed, end = packed + len(chunk), at.documents + n_documents
+                if not warned and lengths and end >= lengths[0]:
+                    warned = True
+                    warn_of_repetition(cfg, lengths[0] * packed / (end - first))
+                ahead = pack_next()
                 chunk = chunk[random_order(len(chunk), cfg.seed, at.documents)]
                 for used in range(at.contexts, len(chunk)):
                     yield chunk[used], Position(at.documents, used + 1)
-                at = Position(at.documents + n_documents)
+                at = Position(end)
         finally:
             left.set()  # else the thread would finish its chunk before a process can end
+
+def warn_of_repetition(cfg, n_contexts):
+    """Warn if a run reads more than its text, of about so many contexts, has."""
+    n_tokens = n_contexts * (cfg.context - 1)
+    times = cfg.tokens / cfg.passes / n_tokens
+    if times > 1:
+        warnings.warn(f"the training text has about {n_tokens:,.0f} tokens and is read {times:.1f} times")
 
 def random_order(n, *seeds):
     """The numbers below n in a random order that depends on all these whole numbers."""
@@ -2208,27 +2237,46 @@ def pass_contexts(cfg, lm) -> int:
     """How many contexts the model reads at a time."""
     return cfg.model_batch or max(1, PASS_TOKENS[lm.device.type] // cfg.context)
 
-def activation_batches(cfg, lm, at=Position()):
-    """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it."""
-    stream, most = training_contexts(cfg, lm.tokenizer, at), max(cfg.buffer_tokens, cfg.batch_size)
-    size = min(most, cfg.tokens) + cfg.context
-    buffer = torch.empty(size, lm.d_model, dtype=lm.model.dtype, device=lm.device)
-    while at.tokens < cfg.tokens:  # fill the buffer, then serve its rows, each pass in a random order
-        start, n, left = at, 0, cfg.tokens - at.tokens
-        wanted = min(most, math.ceil(left / cfg.passes))  # no activation is computed that no step will use
+def activation_batches(cfg, lm, at=Position(), on_read=None):
+    """Training activations, cfg.tokens in all: batches [batch_size, D], each with the Position after it.
+
+    The model fills a buffer with the next tokens of the text. Then its rows are served in a random order,
+    `passes` times, each time in another one. Position: where in the text the present buffer begins, and how
+    many of its batches were used. To resume, the same buffer is read again, and those are passed over. For
+    batch_size 64, buffer_tokens 200 and contexts of which 127 tokens are read:
+
+        Position(0, 0, 0, 0)    the start: two contexts are read, which give 254 rows
+        Position(0, 0, 1, 0)    after the first of three batches; the 62 rows left over will not be used
+        Position(0, 0, 2, 0)    after the second; here the run is stopped
+        Position(0, 0, 2, 0)    resumed, with this as `at`: the same contexts are read, the same order drawn
+        Position(0, 0, 3, 0)    after the third batch, the first that is served now
+        Position(0, 2, 1, 192)  after the first of the next buffer, which begins at the third context
+
+    on_read(n, wanted) is called as a buffer is filled, with how many tokens it has and will have; if it
+    returns True the batches end.
+    """
+    stream, next_buffer = training_contexts(cfg, lm.tokenizer, at), at
+    buffer = torch.empty(min(cfg.buffer_size, cfg.tokens) + cfg.context, lm.d_model, dtype=lm.model.dtype,
+                         device=lm.device)
+    while next_buffer.tokens < cfg.tokens:
+        begin, left = next_buffer, cfg.tokens - next_buffer.tokens
+        n, wanted = 0, min(cfg.buffer_size, math.ceil(left / cfg.passes))  # no more than steps will use
         while n < wanted:
             few = min(pass_contexts(cfg, lm), math.ceil((wanted - n) / cfg.context))
             ids, positions = zip(*itertools.islice(stream, few))
             x, _ = lm.kept_activations(torch.stack(ids))
             buffer[n : n + len(x)] = x
-            n, at = n + len(x), positions[-1]
-        orders = [random_order(n, cfg.seed, *start[:2], *range(again)) for again in range(cfg.passes)]
-        rows = torch.cat(orders)[:left].to(lm.device)
-        used = left if len(rows) == left else len(rows) - len(rows) % cfg.batch_size
-        for i, some in enumerate(rows[:used].split(cfg.batch_size)):
-            if i >= start.batches:
-                yield buffer[some], start._replace(batches=i + 1)
-        at = at._replace(tokens=start.tokens + used)
+            n += len(x)
+            if on_read and on_read(n, wanted):
+                return
+        seeds = cfg.seed, begin.documents, begin.contexts
+        rows = torch.cat([random_order(n, *seeds, *range(again)) for again in range(cfg.passes)])[:left]
+        if len(rows) < left:  # other buffers follow
+            rows = rows[: len(rows) - len(rows) % cfg.batch_size]
+        for used, some in enumerate(rows.to(lm.device).split(cfg.batch_size), 1):
+            if used > begin.batches:  # else it was used before the run was resumed
+                yield buffer[some], begin._replace(batches=used)
+        next_buffer = positions[-1]._replace(tokens=begin.tokens + len(rows))
 
 HELD_OUT_SHARE = 0.02  # of the held-out tokens come from one document, if there are enough documents
 READ_AHEAD = 1_000_000  # more tokens than are used are read at most, to find enough documents
@@ -2267,9 +2315,18 @@ def passages(documents, most, wanted):
         start = place.randrange(1 + max(0, len(document) - most))
         yield document[start : start + most]
 
-def shuffled_activations(cfg, lm, ids):
-    """The activations [m, D] that the SAE reads of ids [n, T], in a random order that is always the same."""
-    x = torch.cat([lm.kept_activations(part)[0] for part in ids.split(pass_contexts(cfg, lm))])
+def shuffled_activations(cfg, lm, ids, on_read=None):
+    """The activations [m, D] that the SAE reads of ids [n, T], in a random order that is always the same.
+
+    on_read is called after each pass of the model with the number of tokens that it has read and will read.
+    """
+    parts, n = [], 0
+    for part in ids.split(pass_contexts(cfg, lm)):
+        parts.append(lm.kept_activations(part)[0])
+        n += part.numel()
+        if on_read:
+            on_read(n, ids.numel())
+    x = torch.cat(parts)
     return x[random_order(len(x), 0).to(x.device)]
 
 # ---- 11. Evaluation ------------------------------------------

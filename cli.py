@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields, replace
+from datetime import timedelta
 from importlib.metadata import version
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -38,14 +39,14 @@ import typer
 from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
 import batchtopk as bt
 
-RANK = int(os.environ.get("RANK", 0))  # under torchrun only the first process speaks
+RANK, SIZE = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
 out, err = (Console(stderr=stderr, quiet=RANK > 0, markup=False, emoji=False, highlight=False)
             for stderr in (False, True))
 
@@ -230,102 +231,121 @@ def is_finished(runs):
     """Whether these folders hold evaluated runs."""
     return all((run / "evaluation.json").is_file() for run in runs)
 
-def now_and_then(show):
-    """A function of a text that shows it as progress, or prints one a minute where stderr is no terminal."""
-    last = time.monotonic()
+class Bar:
+    """Progress on stderr: in a terminal a bar, elsewhere a line a minute.
 
-    def progress(text):
-        nonlocal last
-        show(text)
-        if not err.is_terminal and time.monotonic() - last > 60:
-            last = time.monotonic()
-            err.out(text)
+    From the first step to the last it is that of training, otherwise that of what is read or measured.
+    """
 
-    return progress
+    def __init__(self, total=0, passes=1, tokens=0):
+        self.progress = Progress(TaskProgressColumn(), BarColumn(10), "{task.description}", console=err,
+                                 transient=True, disable=not err.is_terminal)
+        self.task = self.progress.add_task("loading the model and text", total=None)
+        self.total, self.passes, self.tokens, self.training = total, passes, tokens, False
+        self.last = self.told = time.monotonic()
+        self.timed = {}  # by kind of work: how much is done, and of how many tokens the seconds are known
+
+    def each(self, kind, done, total):
+        """So much of a kind of work is done. Returns what a token of it takes in seconds; NaN: not known."""
+        now = time.monotonic()
+        before, tokens, seconds = self.timed.get(kind, (done, 0, self.last - now))  # the first warms up: 0 s
+        tokens, seconds = tokens + done - before, seconds + now - self.last
+        self.timed[kind], self.last = (done % total, tokens, seconds), now
+        return seconds / tokens if tokens else math.nan
+
+    def show(self, text, each, done, total, left):
+        """Show how much is done, how fast that is if a token takes `each` seconds, and the seconds left."""
+        text += f"  {1 / each:,.0f} tokens/s" if each > 0 else ""
+        text += f"  {timedelta(seconds=round(left))} left" if left >= 0 else ""  # NaN: not known yet
+        self.progress.update(self.task, description=text, completed=done, total=total)
+        if not err.is_terminal and self.last > self.told + 60:
+            self.told = self.last
+            err.out(f"{done / total:.0%}  {text}")
+
+    def left(self):
+        """The seconds of training that are left, of reading and of steps."""
+        return self.unread * self.reading + (self.total - self.tokens) * self.stepping
+
+    def read(self, n, wanted):
+        """So many of the tokens that a buffer wants, or of the held-out ones, were read."""
+        n = min(n, wanted)
+        self.reading = self.each("reading", n, wanted)
+        self.unread = max(0, (self.total - self.tokens) / self.passes - n)
+        own = n, wanted, (wanted - n) * self.reading
+        place = (self.tokens, self.total, self.left()) if self.training else own
+        self.show(f"reading {n:,} of {wanted:,} tokens", self.reading, *place)
+
+    def step(self, tokens, stats):
+        """So many tokens were trained on; stats: each SAE's StepStats."""
+        self.stepping, now = self.each("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
+        self.tokens, self.training = tokens, tokens < self.total
+        text = f"fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
+        self.show(text, self.stepping, tokens, self.total, self.left())
+
+    def cross_entropy(self, done, total):
+        """It was measured on so many contexts."""
+        left = (total - done) * self.each("contexts", done, total)
+        self.show(f"cross-entropy: {done} of {total} contexts", 0, done, total, left)
+
+class Stop:
+    """While it is open, Ctrl-C and SIGTERM end what is in it: at once, or if `patient` when that looks for the
+    signal's `number`; a second one at once."""
+    number, patient = 0, False
+
+    def __enter__(self):
+        self.before = [(each, signal.signal(each, self.hear)) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def __exit__(self, kind, *_):
+        for handler in self.before:
+            signal.signal(*handler)
+        return kind is SystemExit
+
+    def hear(self, number, frame):
+        twice, self.number = self.number and SIZE == 1, number  # torchrun sends two
+        if twice or not self.patient:
+            raise SystemExit
+        if RANK == 0:
+            os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
 def train_with_bar(configs, folder, again, resume, expansion=None):
-    """Load the language model and train SAEs on it, unless that is done; the command `again` continues it.
-
-    Ctrl-C or SIGTERM ends it after a step, so that the saved state is whole; a second one at once.
-    """
+    """Load the language model and train SAEs on it, unless that is done; the command `again` continues it."""
     runs = [folder / name for name in configs]
     if resume and is_finished(runs) and not saved_states(folder):
         return [read_evaluation(run) for run in runs]
     if RANK == 0:
         check_run_folder(folder, resume)
-    [cfg, *_], stopped, stepping, times = configs.values(), 0, False, []
-    if len(configs) > 1:
-        tell(f"{len(configs)} SAEs on the same {cfg.tokens:,} tokens; the first steps tell how long", err)
-    progress = Progress("{task.percentage:.0f}%", BarColumn(10), TimeRemainingColumn(), "{task.description}",
-                        console=err, transient=True, disable=not err.is_terminal)
-    progress.add_task("loading the model and text", total=None)
-    [task] = progress.tasks
-    report = now_and_then(lambda text: progress.update(task.id, description=text))
-
-    def stop(number, frame):
-        nonlocal stopped
-        twice, stopped = stopped and bt.processes.size == 1, number  # torchrun sends two
-        if twice or not stepping:
-            raise SystemExit
-        if RANK == 0:
-            os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
+    [cfg, *_], results, stop = configs.values(), None, Stop()
+    bar = Bar(cfg.tokens, cfg.passes, max((tokens for _, tokens in saved_states(folder)), default=0))
 
     def on_step(tokens, stats):
-        nonlocal stepping
-        begins, stepping = not stepping, tokens < cfg.tokens
-        now = bt.StepStats(*map(mean, zip(*stats)))
-        shown = f"{task.speed or 0:,.0f} tokens/s  fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
-        progress.update(task.id, total=cfg.tokens, completed=tokens)
-        report(shown if err.is_terminal else f"{tokens:,} of {cfg.tokens:,} tokens  {shown}")
-        clock = time.monotonic()
-        if len(configs) > 1 and len(times) < 3 and (begins or clock > times[-1][0] + TIMED_SECONDS):
-            times.append((clock, tokens))
-            if len(times) == 3:
-                tell(f"about {minutes_left(cfg, *times)} min of training", err)
-        if begins:
-            what = "the SAEs are" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g},"
+        if not bar.training:  # the first
+            what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g},"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
             tell(f"{what} on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}{left_out(lm)}", err)
-        return bool(stopped)
+        bar.step(tokens, stats)
+        stop.patient = bar.training
+        return stop.number > 0
 
-    def on_context(done, total):
-        progress.update(task.id, total=total, completed=done)  # a new total: the time left is estimated anew
-        report(f"cross-entropy: {done} of {total} contexts")
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with progress:
+        with stop, bar.progress:
             lm = bt.LanguageModel.from_config(cfg)
-            times.append((time.monotonic(), 0))
             sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
             configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
             [cfg, *_] = configs.values()
-            return train_runs(configs, lm, folder, resume, on_step, on_context)
-    except (KeyboardInterrupt, SystemExit):
-        said = "saved" if saved_states(folder) else "stopped"
-        err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
-        raise typer.Exit(128 + stopped) from None
+            results = train_runs(configs, lm, folder, resume, on_step, bar.cross_entropy,
+                                 lambda *n: bar.read(*n) or stop.number > 0)
     except Exception as error:
-        if any(n == bt.processes.size for n, _ in saved_states(folder)):
+        if any(n == SIZE for n, _ in saved_states(folder)):
             error.add_note(f"the run is saved; continue with: {again}")
         raise
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing came of it
-
-TIMED_SECONDS = 10  # of steps, from which `compare` estimates how long it will take
-
-def minutes_left(cfg, start, first, now):
-    """How long training will take, from (time, tokens) at the start, after the first step and now.
-
-    Until the first step the model mostly reads: the held-out tokens, and those that fill the buffer.
-    """
-    read = 2 * cfg.eval_tokens + min(cfg.buffer_tokens, cfg.tokens // cfg.passes)
-    reading = (first[0] - start[0]) / read / cfg.passes
-    stepping = (now[0] - first[0]) / (now[1] - first[1])
-    return math.ceil((cfg.tokens - now[1]) * (reading + stepping) / 60)
+    if results is None:
+        said = "saved" if saved_states(folder) else "stopped"
+        err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
+        raise typer.Exit(128 + stop.number)
+    return results
 
 def left_out(lm):
     """What a new run leaves out because of its norm, as the end of a sentence."""
@@ -369,12 +389,11 @@ def evaluate(
     as_json: Json = False,
 ):
     """Evaluate a run on held-out text: batch selection and θ side by side."""
-    with err.status("evaluating") as status:
+    bar = Bar()
+    with bar.progress:
         sae, lm = load(run, device, model=model, layer=layer, site=site)
         sae.config = replace(sae.config, ce_contexts=ce_contexts or sae.config.ce_contexts)
-        report = now_and_then(status.update)
-        [result] = evaluate_runs({run: sae}, lm, on_context=lambda done, total: report(
-            f"cross-entropy: {done} of {total} contexts"))
+        [result] = evaluate_runs({run: sae}, lm, None, bar.cross_entropy, bar.read)
     show_metrics(result, as_json)
 
 def load(run, device, **site):
@@ -403,7 +422,8 @@ def load(run, device, **site):
 MEANINGS = {
     "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
     "mse": "mean squared distance to the reconstruction", "l0": "mean active latents per token",
-    "frac_alive": "share of latents that fired", "ce_clean": "cross-entropy of the model, nats per token",
+    "frac_alive": "share of latents that fired on these held-out tokens",
+    "ce_clean": "cross-entropy of the model, nats per token",
     "ce_sae": "… reconstruction spliced in", "ce_zero": "… zeros instead",
     "ce_mean": "… the mean activation instead", "ce_degradation": "ce_sae - ce_clean",
     "ce_recovered": "1 is the untouched model, 0 is zeros", "kl": "from the untouched model",
@@ -414,8 +434,9 @@ def show_metrics(result, as_json):
     """An evaluation as a table, or as JSON."""
     if as_json:
         return out.out(json.dumps(result))
-    tell("{run}: {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
-         "their norm".format(**result))
+    trained = f"{result['tokens']:,} tokens of training, " if result["tokens"] else ""
+    tell("{run}: {}{eval_tokens:,} held out, beside {left_out:.2%} left out for their norm".format(
+        trained, **result))
     table = Table("metric", "batch", f"θ = {result['theta_value']:.4g}", "meaning")
     for name, meaning in MEANINGS.items():
         both = (result[selection][name] for selection in ("batch", "theta"))
@@ -424,8 +445,8 @@ def show_metrics(result, as_json):
     low, middle, high = l0_quantiles(result["theta"]["l0_histogram"])
     tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over {high}.")
     if "rare" in result:
-        tell("At the end of training {dead:.1%} of the latents are dead; {rare:.1%} fired on fewer than one "
-             "token in 100,000.".format(**result))
+        tell("At the end of training {dead:.1%} of the latents were dead (silent for --dead-tokens); {rare:.1%} "
+             "fired on fewer than {} of the last {:,} tokens.".format(*rarity(result), **result))
 
 def l0_quantiles(histogram):
     """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] tokens have count c."""
@@ -473,17 +494,17 @@ def held_out_activations(run: Path) -> torch.Tensor | None:
 SHARED = "d_model", "tokens", "eval_tokens", "device"  # what SAEs trained together share of Config
 OWN = tuple(field.name for field in fields(bt.Config) if field.name not in SHARED)
 
-def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None):
+def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None, on_read=None):
     """Train SAEs on the same activations, from one pass over the model; calibrate, save and evaluate each.
 
     An SAE leaves config.json, sae.safetensors, metrics.jsonl (100 records, 10 with held-out metrics) and
     evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state-*.safetensors
     hold what resume=True continues from, on a CPU bit for bit.
     Args: configs, {name: RunConfig}, which may differ in the fields of OWN; on_step, called after each of the
-        largest batches with the tokens seen and a list of each SAE's StepStats; if it returns True, the run
-        is saved and ends in a KeyboardInterrupt; on_context, for evaluate_runs.
-    Returns: evaluate_runs' results, and of each "step_seconds", "dead" (share of latents at the end), "rare"
-        (see is_rare) and, if there are others that differ in their seed alone, "agreement" with them.
+        largest batches with the tokens seen and a list of each SAE's StepStats; on_context, on_read, see
+        evaluate_runs. If on_step, or on_read as a buffer is filled, returns True, the run is saved and ends.
+    Returns: None if it was ended so, else evaluate_runs' results, and of each "step_seconds", "dead" (share
+        of latents at the end), "rare" (see is_rare) and, if others differ in their seed alone, "agreement".
     Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
         or a run that is finished; OSError for a file that cannot be written.
     """
@@ -497,7 +518,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         first = bt.RunConfig.load(begun[0]) if begun else cfg
         cfg = replace(cfg, model_batch=bt.pass_contexts(first, lm))
         lm.norm_limit, lm.left_out = first.norm_limit, None
-        calibration = bt.shuffled_activations(cfg, lm, calibration_ids)
+        calibration = bt.shuffled_activations(cfg, lm, calibration_ids, on_read)
         if cfg.max_norm and not lm.norm_limit and len(calibration):  # these are the first of a new run
             lm.left_out = bt.outliers(calibration, cfg.max_norm)
             lm.norm_limit = lm.left_out.norm_limit
@@ -505,13 +526,18 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None)
         prepend_bos = cfg.prepend_bos and bool(bt.begin_token(lm.tokenizer))
         found = {"norm_limit": lm.norm_limit, "prepend_bos": prepend_bos, "model_batch": cfg.model_batch}
         configs = {name: replace(own, **found) for name, own in configs.items()}
-        evaluation = bt.shuffled_activations(cfg, lm, evaluation_ids)
+        evaluation = bt.shuffled_activations(cfg, lm, evaluation_ids, on_read)
         if not len(calibration) or not len(evaluation):
             raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit "
                                 "on norms that leaves out all")
+        if min(len(calibration), len(evaluation)) < 0.9 * cfg.eval_tokens:  # norms left out are far fewer
+            warnings.warn(f"held-out text gives {len(calibration):,} tokens for θ and {len(evaluation):,} to "
+                          f"evaluate, not {cfg.eval_tokens:,}")
         trainers = {name: bt.Trainer(own) for name, own in configs.items()}
         seconds = dict.fromkeys(trainers, 0.0)  # in each SAE's own steps
-        train_trainers(trainers, seconds, replace(cfg, **found), lm, folder, evaluation[:4096], on_step)
+        cfg = replace(cfg, **found)
+        if not train_trainers(trainers, seconds, cfg, lm, folder, evaluation[:4096], on_step, on_read):
+            return None
         for name, trainer in trainers.items():
             bt.calibrate(trainer.sae, [calibration])
             trainer.sae.save(folder / name)
@@ -546,6 +572,11 @@ def uncounted(cfg):
 def is_rare(trainer):
     """Which latents [F] fired on fewer than one in RARE of the tokens that are counted."""
     return trainer.n_fired < (trainer.cfg.tokens - uncounted(trainer.cfg)) / RARE
+
+def rarity(result):
+    """(n, of): rare latents of a run fired on fewer than n of so many tokens."""
+    counted = min(result["tokens"], COUNTED)
+    return math.ceil(counted / RARE), counted
 
 SAME, COSINES = 0.9, 1 << 24  # the cosine that two latents must exceed; how many are held at a time
 
@@ -586,21 +617,25 @@ def clock(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
-def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
-    """The training of train_runs, from its start or its last saved state; it ends with a saved state."""
+def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step, on_read):
+    """The training of train_runs, from its start or last saved state to a saved state; whether to its end."""
     tokens, at, records = load_state_(folder, trainers, seconds)
     for name, trainer in trainers.items():
         write(folder / name / "config.json", bt.config_json(trainer.cfg))
     saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
     now = functools.partial(clock, lm.device) if len(trainers) > 1 else time.perf_counter  # waits take time
-    with contextlib.closing(bt.activation_batches(cfg, lm, at)) as batches:
+    any_stops = lambda *n: bt.processes.total(bool(on_read and on_read(*n)))  # noqa: E731
+    with contextlib.closing(bt.activation_batches(cfg, lm, at, any_stops)) as batches:
         while tokens < cfg.tokens:
             try:
-                x, after = next(batches)
+                x, after = next(batches, (None, None))
             except (bt.InputError, bt.Unavailable):
                 if bt.processes.size == 1:  # several may have failed at different tokens
                     save_state(folder, trainers, seconds, at, records)
                 raise
+            if x is None:  # stopped while it was read
+                save_state(folder, trainers, seconds, at, records)
+                return False
             x, stats = x.float(), []
             for name, trainer in trainers.items():
                 started = now()
@@ -622,7 +657,8 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step):
                 saved = time.monotonic()
                 save_state(folder, trainers, seconds, at, records)
             if stopped:
-                raise KeyboardInterrupt
+                return False
+    return True
 
 def passed(every, before, now):
     """Whether a multiple of `every` tokens lies after `before`, up to `now`."""
@@ -750,16 +786,17 @@ def check_room(configs, folder):
         wanted, there = math.ceil(2 * state / 1e6) / 1000, free // 10**6 / 1000  # never the same number
         raise bt.InputError(f"the run wants {wanted:,} GB of disk; there are {there:,}")
 
-def evaluate_runs(saes, lm, held_out=None, on_context=None):
+def evaluate_runs(saes, lm, held_out=None, on_context=None, on_read=None):
     """JSON-ready: evaluate {folder: SAE}, all of one model and text, on its held-out text.
 
     Args: held_out, token ids [n, T] and their activations [m, D], if they are at hand; on_context, called as
-        cross-entropy is measured with the number of contexts that are done and are to be done.
+        cross-entropy is measured with the number of contexts that are done and are to be done; on_read, the
+        same for tokens as the model reads them.
     """
     cfg, started = next(iter(saes.values())).config, time.perf_counter()
     if held_out is None:
         ids = bt.held_out_contexts(cfg, lm.tokenizer)[1]
-        held_out = ids, bt.shuffled_activations(cfg, lm, ids)
+        held_out = ids, bt.shuffled_activations(cfg, lm, ids, on_read)
     ids, x = held_out
     few = ids[:: math.ceil(len(ids) / cfg.ce_contexts)]
     losses = bt.splice_losses(list(saes.values()), lm, few, x.double().mean(0).float(), on_context)
@@ -769,7 +806,8 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None):
         for selection in ("batch", "theta"):
             metrics[selection] |= to_json_values(spliced[selection])
         theta = float(sae.processes.gather(sae.get_theta().detach()).mean())
-        results.append({"run": str(folder), "tokens": sae.config.tokens, "k": sae.config.k,
+        trained = sae.config.tokens if (Path(folder) / "metrics.jsonl").is_file() else None  # from Python
+        results.append({"run": str(folder), "tokens": trained, "k": sae.config.k,
                         "theta_value": theta, "left_out": left_out, "eval_tokens": metrics.pop("tokens"),
                         **metrics})
     seconds = round(time.perf_counter() - started, 2)
@@ -1033,8 +1071,9 @@ def show_comparison(names, groups):
     seeds = f"Mean ± standard deviation over {len(more) + 1} seeds" if more else "One seed"
     agree = "agree: share of the others that two seeds both have; " if "agreement" in shares else ""
     tell("{}; {tokens:,} tokens of training, {eval_tokens:,} held out, beside {left_out:.2%} left out for "
-         "their norm. L0, ce: with θ, ce: loss added, nats per token; dead: at the end; rare: fired on fewer "
-         "than one token in 100,000; {}s: seconds in the SAE's own steps.".format(seeds, agree, **first))
+         "their norm. L0, ce: with θ, ce: loss added, nats per token; dead: silent for --dead-tokens at the "
+         "end; rare: fired on fewer than {} of the last {:,} tokens; {}s: seconds in the SAE's own steps."
+         .format(seeds, *rarity(first), agree, **first))
 
 STYLES = {"batchtopk": ("#08519c", "o", "-", "BatchTopK"), "topk": ("#e08214", "s", "--", "TopK"),
           "jumprelu": ("#737373", "^", ":", "JumpReLU")}
@@ -1047,38 +1086,44 @@ def draw_comparison(names, groups, path):
     panels = list(itertools.product(varied, ("fvu", "ce_degradation")))
     figure = Figure(figsize=(5 * len(panels) + 6, 4), layout="constrained")
     *errors, last = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+    settings = [(dict(zip(names, key)) | {"k": f"{group[0]['k']:g}"}, group) for key, group in groups.items()]
     for panel, axes in zip(panels, errors):
-        draw_error(axes, names, groups, *panel)
-    draw_active_latents(last, names, groups)
+        draw_error(axes, settings, *panel)
+    draw_active_latents(last, settings)
     for axes in figure.axes:
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
-def draw_error(axes, names, groups, against, metric):
+def legend(setting):
+    """A setting in words."""
+    numbers = (f"{name} = {value}" for name, value in setting.items() if name != "activation")
+    return ", ".join([STYLES[setting["activation"]][3], *numbers])
+
+def draw_error(axes, settings, against, metric):
     """A metric against a field of RunConfig, a line for each combination of the others."""
     lines = {}
-    for key, group in groups.items():
-        rest = dict(zip(names, key))
-        point = (float(rest.pop(against)), *mean_and_spread(group, metric))
-        lines.setdefault(tuple(rest.values()), []).append(point)
-    for (method, *others), points in lines.items():
-        color, marker, line, title = STYLES[method]
+    for setting, group in settings:
+        said = legend({name: value for name, value in setting.items() if name != against})
+        point = (float(setting[against]), *mean_and_spread(group, metric))
+        lines.setdefault((setting["activation"], said), []).append(point)
+    for (method, said), points in lines.items():
+        color, marker, line, _ = STYLES[method]
         x, y, spread = zip(*sorted(points))
         axes.errorbar(x, y, yerr=spread, color=color, marker=marker, linestyle=line, markerfacecolor="none",
-                      capsize=3, label=" ".join([title, *others]))
-    ticks = sorted({float(key[names.index(against)]) for key in groups})
+                      capsize=3, label=said)
+    ticks = sorted({float(setting[against]) for setting, _ in settings})
     axes.set(xscale="log", xlabel=FIELDS[against].metadata["doc"].partition(";")[0], ylabel=MEANINGS[metric])
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
-def draw_active_latents(axes, names, groups):
-    """Active latents per token, for each method at the k nearest to the default."""
-    nearest_last = sorted(groups.items(), key=lambda item: -abs(item[1][0]["k"] - bt.RunConfig.k))
-    for method, result in {key[0]: group[0] for key, group in nearest_last}.items():
-        color, _, line, title = STYLES[method]
+def draw_active_latents(axes, settings):
+    """Active latents per token, for each method at the first setting whose k is nearest to the default."""
+    nearest_last = sorted(reversed(settings), key=lambda each: -abs(each[1][0]["k"] - bt.RunConfig.k))
+    for setting, [result, *_] in {each[0]["activation"]: each for each in nearest_last}.values():
+        color, _, line, _ = STYLES[setting["activation"]]
         histogram = result["theta"]["l0_histogram"]
         low, _, high = l0_quantiles(histogram)
-        style = {"color": color, "linestyle": line, "label": f"{title}: 90 % have {low} to {high}"}
+        style = {"color": color, "linestyle": line, "label": f"{legend(setting)}: 90 % have {low} to {high}"}
         if low == high:  # a spike that would flatten the others
             axes.axvline(low, **style)
         else:

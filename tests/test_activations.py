@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import socket
@@ -402,6 +403,26 @@ def test_contexts_continue_from_their_position_and_repeat_without_end(tmp_path, 
         again = bt.contexts(cfg, lm.tokenizer, positions[start])
         assert all(torch.equal(context, next(again)[0]) for context in found[start + 1 : start + 60])
 
+def test_a_run_that_reads_its_text_more_than_once_says_how_often(tmp_path, lm, recwarn, monkeypatch):
+    """Bug here once: a file of 200 kB was read more than three times in silence, and L0 was 33.6 for k = 32."""
+    monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
+    cfg = small(dataset=write_texts(tmp_path, lines(300)), context=16)
+    length = 16 * len(bt.pack(cfg, lm.tokenizer, bt.tokenise(lm.tokenizer, bt.documents(cfg, "train")), 10**6)[0])
+
+    def warned(n_contexts, **changes):
+        recwarn.clear()
+        stream = bt.contexts(dataclasses.replace(cfg, **changes), lm.tokenizer)
+        [*itertools.islice(stream, n_contexts)]
+        stream.close()
+        return [re.search(r"has about ([\d,]+) tokens and is read ([\d.]+) times", str(w.message))
+                for w in recwarn]
+    [said] = warned(600, tokens=2 * length)
+    assert float(said[1].replace(",", "")) == pytest.approx(length * 15 / 16, rel=0.03)
+    assert float(said[2]) == pytest.approx(2 * 16 / 15, rel=0.05)
+    assert not warned(600, tokens=length // 2) and not warned(600, tokens=2 * length, passes=3)
+    monkeypatch.setattr(bt, "TEXT_SHUFFLE", 8192)
+    assert len(warned(1, tokens=2 * length)) == 1, "of a short text before the first context is used"
+
 @pytest.mark.slow
 def test_a_process_that_leaves_a_stream_open_ends_at_once_and_cleanly():
     """Bug here once: a thread was killed inside native code at exit, and the process aborted."""
@@ -464,6 +485,33 @@ def test_activations_continue_exactly_from_every_position(passes, tmp_path, lm, 
         again = list(bt.activation_batches(cfg, CountingModel(lm.tokenizer), at))
         assert len(again) == len(pairs) - i - 1
         assert all(torch.equal(x[:, 1], y[:, 1]) for (x, _), (y, _) in zip(pairs[i + 1 : i + 4], again))
+
+def test_the_example_of_a_resume_is_so(tmp_path, lm):
+    """That of the docstring. What continues from a Position that an older version saved is the same run."""
+    model = SinkModel(lm.tokenizer)
+    model.special = torch.tensor([])
+    cfg = small(dataset=write_texts(tmp_path, lines(600)), batch_size=64, buffer_tokens=200, context=128,
+                tokens=1_000)
+    said = re.findall(r"^ +Position\((.*)\)  ", bt.activation_batches.__doc__, re.M)
+    assert len(said) == 6
+    start, first, stopped, at, third, second_buffer = (bt.Position(*map(int, p.split(","))) for p in said)
+    batches = list(bt.activation_batches(cfg, model, start))
+    assert [p for _, p in batches[:4]] == [first, stopped, third, second_buffer]
+    read, resumed = [], bt.activation_batches(cfg, model, at, lambda *n: read.append(n))
+    x, after = next(resumed)
+    assert torch.equal(x, batches[2][0]) and after == third and read == [(254, 200)]
+    ended = bt.activation_batches(cfg, model, at, lambda n, wanted: read.append(n) or True)
+    assert list(ended) == [], "on_read ends them, before a batch is served"
+
+def test_the_buffer_is_a_share_of_the_text_unless_its_size_is_given():
+    """Bug here once: in a run of 120,000 tokens all were read before the first step, and again after a stop."""
+    cfg = bt.RunConfig(d_model=1, n_latents=64, tokens=120_000)
+    assert cfg.buffer_size == 30_000 and dataclasses.replace(cfg, passes=3).buffer_size == 10_000
+    assert dataclasses.replace(cfg, tokens=10**6).buffer_size == 131_072
+    assert dataclasses.replace(cfg, tokens=1000, batch_size=512).buffer_size == 512, "at least a batch"
+    assert dataclasses.replace(cfg, buffer_tokens=131_072).buffer_size == 131_072, "as runs of before say"
+    for preset, size in (("gpt2-small", 1 << 20), ("gemma-2-2b", 1 << 19)):
+        assert bt.RunConfig.preset(preset, d_model=1).buffer_size == size
 
 # Tokens whose norm is many times the others'
 
@@ -653,10 +701,9 @@ def test_what_no_sae_changes_is_computed_once_for_all_of_a_comparison(lm, finish
             assert found[form] == pytest.approx(alone[form], rel=1e-6)
 
 def test_an_interrupted_comparison_continues_to_the_same_end(lm, data, finished, tmp_path, monkeypatch):
-    """Interrupted between two steps, and once more in the evaluation."""
+    """Stopped between two steps, and interrupted once more in the evaluation."""
     seen, folder = [], tmp_path / "twice"
-    with pytest.raises(KeyboardInterrupt):
-        cli.train_runs(configs(data), lm, folder, on_step=stop_after(9, seen))
+    assert cli.train_runs(configs(data), lm, folder, on_step=stop_after(9, seen)) is None
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(cli, "evaluate_runs", lambda *_: signal.raise_signal(signal.SIGINT))
         cli.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
@@ -664,6 +711,22 @@ def test_an_interrupted_comparison_continues_to_the_same_end(lm, data, finished,
     results = cli.train_runs(configs(data), lm, folder, resume=True, on_step=stop_after(0, seen))
     assert seen == finished[2] and [r["theta"] for r in results] == [r["theta"] for r in finished[1]]
     assert_same_run(folder, finished[0])
+
+def test_a_run_that_is_stopped_while_it_reads_is_saved_and_continues_to_the_same_end(lm, data, tmp_path):
+    folder, read = tmp_path / "run", []
+
+    def on_read(n, wanted):  # stops in the second buffer
+        full = [wanted for n, wanted in read if n >= wanted == 1000]
+        read.append((n, wanted))
+        return bool(full)
+    cfg = dataclasses.replace(configs(data)["token"], model_batch=4)
+    assert cli.train_runs({"": cfg}, lm, folder, on_read=on_read) is None
+    assert read[-1][0] < 1000 and cli.saved_states(folder) == [(1, 768)], "three batches are in a buffer"
+    assert sum(n == wanted for n, wanted in read[:-1]) == 2, "held-out text, too, is told of"
+    whole = cli.train_runs({"": cfg}, lm, tmp_path / "whole")
+    again = cli.train_runs({"": cfg}, lm, folder, resume=True)
+    assert again[0]["theta"] == whole[0]["theta"]
+    assert_same_run(folder, tmp_path / "whole")
 
 def test_an_interrupt_within_a_step_keeps_the_last_good_checkpoint(lm, data, finished, tmp_path, monkeypatch):
     """The first SAE has taken its step and the second has not: that state must not be saved."""
@@ -673,8 +736,7 @@ def test_an_interrupt_within_a_step_keeps_the_last_good_checkpoint(lm, data, fin
         if trainer.cfg.activation == "jumprelu" and trainer.steps == 11:
             raise KeyboardInterrupt
         return step(trainer, x)
-    with pytest.raises(KeyboardInterrupt):
-        cli.train_runs(configs(data), lm, folder, on_step=stop_after(4, []))
+    assert cli.train_runs(configs(data), lm, folder, on_step=stop_after(4, [])) is None
     [state] = folder.glob("state-*")
     before = state.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -683,6 +745,17 @@ def test_an_interrupt_within_a_step_keeps_the_last_good_checkpoint(lm, data, fin
     assert state.read_bytes() == before
     cli.train_runs(configs(data), lm, folder, resume=True)
     assert_same_run(folder, finished[0])
+
+def test_held_out_text_that_is_shorter_than_asked_for_is_said(lm, data, tmp_path, recwarn):
+    """Bug here once: 65,536 tokens became 6,542 in silence."""
+    cfg = dataclasses.replace(configs(data)["batch"], tokens=256, n_latents=16)
+    for asked in (300, 65_536):
+        cli.train_runs({"": dataclasses.replace(cfg, eval_tokens=asked)}, lm, tmp_path / str(asked))
+        said = [re.fullmatch(r"held-out text gives ([\d,]+) tokens for θ and ([\d,]+) to evaluate, not 65,536",
+                             str(w.message)) for w in recwarn if "held-out" in str(w.message)]
+        assert len(said) == (asked == 65_536)
+    result = json.loads((tmp_path / "65536" / "evaluation.json").read_text())
+    assert int(said[0][2].replace(",", "")) == result["eval_tokens"] < 10_000
 
 def test_a_run_whose_data_set_fails_is_saved_and_continues_when_it_is_mended(lm, tmp_path, monkeypatch):
     """A bad line after many good ones."""

@@ -12,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
 from importlib.metadata import version
 from pathlib import Path
 
@@ -148,7 +150,9 @@ def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run,
     site = ["--model", "tiny-gpt2", "--layer", 1, "--site", "resid_pre", "--device", "cpu", "--json"]
     named = invoke("eval", mine, *site, "--ce-contexts", 1)
     assert "the text is stdlib" in named.stderr
-    assert 0 < json.loads(named.stdout)["theta"]["fvu"] < 1
+    result = json.loads(named.stdout)
+    assert 0 < result["theta"]["fvu"] < 1 and result["tokens"] is None, "nobody knows"
+    assert "of training" not in invoke("eval", mine, *site[:-1], "--ce-contexts", 1).stdout
     assert len(json.loads(invoke("latents", mine, *site, "--count", 1).stdout)["latents"]) == 1
     planted_sae.save(tmp_path / "narrow")
     assert "width 48; those of 'tiny-gpt2' have 256" in invoke("eval", tmp_path / "narrow", *site).stderr
@@ -405,6 +409,19 @@ def test_an_interrupted_run_is_saved_and_continues_to_the_same_end(run, tmp_path
     (again / "sae.safetensors").unlink()
     assert f"continue it with `train --resume '{again}'`\n" in invoke("eval", again).stderr
 
+def test_a_run_that_is_interrupted_as_it_reads_stops_at_once_and_keeps_its_steps(tmp_path, monkeypatch):
+    """Bug here once: it stopped when the buffer was full, minutes later, and had taken another step."""
+    read, number = bt.LanguageModel.kept_activations, itertools.count(1)
+
+    def interrupted(lm, ids):
+        if next(number) == 10:  # before come 2 · 3 of held-out text, and 3 that filled the first buffer
+            signal.raise_signal(signal.SIGINT)
+        return read(lm, ids)
+    monkeypatch.setattr(bt.LanguageModel, "kept_activations", interrupted)
+    result = invoke("train", "--out", tmp_path, *options())
+    assert result.exit_code == 130 and "saved; continue with: " in result.stderr, result.stderr
+    assert next(number) == 11 and cli.saved_states(tmp_path / "tiny") == [(1, 2048)]
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued(tmp_path, number, code):
@@ -438,9 +455,8 @@ COMPARISON = ["compare", *options(without=["k"], tokens=1024, eval_tokens=256)]
 
 def test_compare_trains_all_settings_and_seeds_and_draws_them(tmp_path, monkeypatch):
     command = [*COMPARISON, "--activation", "batchtopk,topk", "--k", "4,8", "--seeds", 2, "--out", tmp_path]
-    monkeypatch.setattr(cli, "TIMED_SECONDS", 0)
     result = invoke(*command, "--json")
-    said = "8 SAEs on the same 1,024 tokens; .*\nthe SAEs are on .*\nabout 1 min of training\n"
+    said = "8 SAEs on .*; 1,024 tokens on .*\n"
     assert re.fullmatch(said, result.stderr), result.stderr
     printed = json.loads(result.stdout)
     for r in printed["results"]:
@@ -504,12 +520,95 @@ def test_an_interrupted_comparison_continues_with_the_same_command(tmp_path, mon
     assert [r["name"] for r in results] == ["batchtopk-seed=0", "topk-seed=0"]
     assert not any("agreement" in r for r in results) and "agree" not in invoke(*command).stdout
 
-def test_the_time_that_is_left_is_that_of_reading_and_of_steps():
-    cfg = bt.RunConfig(d_model=1, n_latents=64, tokens=500_000, eval_tokens=10_000, buffer_tokens=30_000)
-    start, first, now = (100.0, 0), (105.0, 512), (115.0, 20_512)  # 1e-4 s to read a token, 5e-4 s to train
-    assert cli.minutes_left(cfg, start, first, now) == math.ceil((500_000 - 20_512) * 6e-4 / 60) == 5
-    often = dataclasses.replace(cfg, tokens=5_000_000, passes=10)  # reads as much
-    assert cli.minutes_left(often, start, first, now) == math.ceil((5_000_000 - 20_512) * 5.1e-4 / 60) == 43
+def clock_of(monkeypatch, seconds=0):
+    """A clock for cli.py that goes on by so many seconds whenever it is read; [0] of it is the time."""
+    clock = [0.0]
+
+    def monotonic():
+        clock[0] += seconds
+        return clock[0]
+    monkeypatch.setattr(cli, "time", types.SimpleNamespace(**{**vars(time), "monotonic": monotonic}))
+    return clock
+
+def test_the_time_that_is_left_is_that_of_reading_and_of_steps(monkeypatch):
+    """Bugs here once: what was in the buffer was to be read once more, "about 15 min" of 6; a time left of 13:22,
+    1:48 and 2:21 one after the other; "0 tokens/s"."""
+    clock, bar = clock_of(monkeypatch), cli.Bar(8_000, passes=2)
+    stats = [bt.StepStats(0, 0, 0, 0.5, 3, 0, 0, 0)]
+
+    def then(seconds, tell, *done):
+        clock[0] += seconds
+        tell(*done)
+        return bar.progress.tasks[0].description
+
+    assert then(50, bar.read, 100, 900) == "reading 100 of 900 tokens", "the model was loaded in this time"
+    assert then(10, bar.read, 200, 900) == "reading 200 of 900 tokens  10 tokens/s  0:01:10 left"
+    then(70, bar.read, 905, 900)
+    assert then(10, bar.read, 100, 1000) == "reading 100 of 1,000 tokens  10 tokens/s  0:01:30 left"
+    then(90, bar.read, 1000, 1000)  # the buffer is full: 3,000 will be read later
+    clock[0] += 60  # the first step warms up
+    assert re.search("dead 0$", then(0, bar.step, 100, stats)), "neither a pace nor a time is known"
+    assert then(1, bar.step, 200, stats).endswith("dead 0  100 tokens/s  0:06:18 left"), "300 + 78 s"
+    assert then(18, bar.step, 2000, stats).endswith("  100 tokens/s  0:06:00 left")
+    task = bar.progress.tasks[0]
+    assert then(50, bar.read, 500, 1000) == "reading 500 of 1,000 tokens  10 tokens/s  0:05:10 left"
+    assert (task.completed, task.total) == (2000, 8000), "the bar is that of training, of which reading is a part"
+    assert then(1, bar.cross_entropy, 1, 9) == "cross-entropy: 1 of 9 contexts" and task.total == 9
+    assert then(1, bar.cross_entropy, 2, 9) == "cross-entropy: 2 of 9 contexts  0:00:07 left"
+
+def test_a_run_and_an_evaluation_say_how_much_they_have_read(tmp_path, monkeypatch):
+    """Bug here once: "0 % loading the model and text", for 11 minutes. Elsewhere than in a terminal, a line a minute."""
+    clock_of(monkeypatch, 61)
+    stderr = invoke("train", "--out", tmp_path, *options()).stderr
+    assert stderr.index("reading 1,024 of 2,") < stderr.index("256 latents") < stderr.index("cross-entropy: ")
+    for said in ("94%  reading 2,048 of 2,176 tokens  17 tokens/s  0:00:08 left", "  reading 2,048 of 2,048 tokens  "):
+        assert said in stderr, stderr
+    assert re.search(r"\n96%  fvu 0\.\d+  L0 \d\.\d  dead .*  \d tokens/s  0:\d\d:\d\d left\n", stderr)
+    stderr = invoke("eval", tmp_path / "tiny", "--device", "cpu").stderr
+    assert stderr.index("reading 1,024 of 2,176 tokens") < stderr.index("cross-entropy: ")
+
+def test_a_stop_is_heard_at_once_or_when_it_is_looked_for_and_the_second_at_once(monkeypatch):
+    before, reached = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], []
+    for number, patient, times in itertools.product((signal.SIGINT, signal.SIGTERM), (False, True), (1, 2)):
+        stop = cli.Stop()
+        with stop:
+            stop.patient = patient
+            for _ in range(times):
+                signal.raise_signal(number)
+                reached.append((number, patient, times))
+        assert stop.number == number
+        assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert set(reached) == {(number, True, times) for number in (signal.SIGINT, signal.SIGTERM) for times in (1, 2)}
+    assert len(reached) == 4, "once each, after the first of two"
+    with pytest.raises(KeyError), cli.Stop():
+        raise KeyError
+
+@pytest.mark.parametrize("tokens, said", [(40_000, "fewer than 1 of the last 40,000 tokens"),
+                                          (150_000, "fewer than 2 of the last 150,000"),
+                                          (10**9, "fewer than 10 of the last 1,000,000")])
+def test_how_often_a_rare_latent_fired_is_said_in_whole_tokens_that_were_counted(run, capsys, tokens, said):
+    """Bug here once: "fewer than one token in 100,000", of a run of 40,000; "0.4 % dead" beside frac_alive 0.94."""
+    cli.show_metrics(run[1] | {"tokens": tokens}, as_json=False)
+    table = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    assert said in table and "(silent for --dead-tokens)" in table
+    assert cli.MEANINGS["frac_alive"] == "share of latents that fired on these held-out tokens"
+
+def test_every_curve_of_a_comparison_says_its_setting(monkeypatch):
+    """Bug here once: the last panel did not say its k, nor of which n_latents it was."""
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+
+    def panels(names, groups):
+        theta = {"fvu": 0.1, "ce_degradation": 0.1, "l0_histogram": [1, 2, 3, 1]}
+        groups = {key: [{"k": k, "theta": theta}] for key, k in groups.items()}
+        cli.draw_comparison(names, groups, "")
+        return [axes.get_legend_handles_labels()[1] for axes in drawn[-1].axes]
+    *errors, last = panels(["activation", "k"], {("topk", "4"): 4, ("topk", "16"): 16, ("batchtopk", "4"): 4})
+    assert errors == [["TopK", "BatchTopK"]] * 2, "k is below the curves"
+    assert sorted(last) == ["BatchTopK, k = 4: 90 % have 0 to 3", "TopK, k = 16: 90 % have 0 to 3"]
+    *errors, last = panels(["activation", "n_latents"], {("topk", "64"): 8, ("topk", "128"): 8})
+    assert errors == [["TopK, k = 8"]] * 2 and last == ["TopK, n_latents = 64, k = 8: 90 % have 0 to 3"]
 
 @pytest.mark.parametrize("study", cli.STUDIES)
 def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, monkeypatch):
