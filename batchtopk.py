@@ -547,7 +547,7 @@ class Found:
     """What a run finds out, and its SAE keeps: the block "found" of config.json."""
 
     norm_limit: float = 0.0  # tokens of a larger norm were left out; 0: none
-    begin_token: bool = False  # whether contexts began with one
+    begin_token: bool = True  # whether the tokenizer has one
     pass_contexts: int = 0  # how many contexts the model read at a time; 0: not known
 
 class Cache(dict):
@@ -654,7 +654,7 @@ def set_aside(cfg: Config, batches: Iterable[Tensor], device: torch.device):
     A list that is shorter than the run gives 5 % of its own tokens. When it starts again these are left out,
     unless they are all there is.
     """
-    n_tokens = cfg.tokens
+    n_tokens, batches = cfg.tokens, [batches] if isinstance(batches, Tensor) else batches
     if isinstance(batches, (list, tuple)):
         n_tokens = min(n_tokens, sum(x.numel() // cfg.d_model for x in batches))
     n = max(1, min(cfg.eval_tokens, n_tokens // 20) // cfg.batch_size)
@@ -2821,7 +2821,9 @@ def load_config(folder: Path) -> tuple[Config, Found, str]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
-        found = values.pop("found", None) or {"norm_limit": values.pop("norm_limit", 0.0)}  # once a field
+        found = values.pop("found", {})
+        if "norm_limit" in values:  # of before there was such a block
+            found = {"norm_limit": values.pop("norm_limit"), "pass_contexts": values.pop("model_batch", 0)}
         kind = RunConfig if "model" in values else Config
         known = {field.name for field in dataclasses.fields(kind)}
         before = {name: value for name, value in BEFORE.items() if name in known}

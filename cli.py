@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Command line of batchtopk: it talks to people, batchtopk.py does the work.
+"""Command line of batchtopk: it talks to people and keeps the folders of runs. The method is in batchtopk.py.
 
     python cli.py train             # a BatchTopK SAE on the embedded GPT-2, in about two minutes
     python cli.py --help            # the other commands: eval, export, latents, compare
@@ -79,7 +79,7 @@ def choice(values, words):
 
 def instead(name):
     """An option for a field of RunConfig, which replaces what a run's configuration says."""
-    values = tuple(bt.choices(FIELDS[name]))
+    values = tuple(bt.choices_of(FIELDS[name]))
     kind = Literal[values] if values else get_type_hints(bt.RunConfig)[name]
     help = sentence(f"{WORDS[name]}; by default the run's", values)
     return Annotated[kind | None, Option(metavar="", help=help)]
@@ -98,8 +98,8 @@ def config_options(command, lists=(), sets=SETS):
         if name == "seed" and lists:  # compare counts them
             continue
         field, flag, extra = FIELDS[name], "--" + name.replace("_", "-"), {"metavar": ""}
-        choices = tuple(bt.choices(field))
-        kind = Literal[choices] if choices else types[name]
+        accepted = tuple(bt.choices_of(field))
+        kind = Literal[accepted] if accepted else types[name]
         marks = [mark for mark, table in sets.items() if any(name in values for values in table.values())]
         default = next((sets[mark][mark][name] for mark in marks if name in sets[mark][mark]), field.default)
         default = "auto" if name == "lr" else f"{default:g}" if isinstance(default, float) else default
@@ -110,7 +110,7 @@ def config_options(command, lists=(), sets=SETS):
             kind, extra = str, {"metavar": ",…"}
         elif name == "lr":
             extra["parser"] = learning_rate
-        option = Option(flag, help=sentence(WORDS[name], choices, default, ", ".join(marks) or "default"),
+        option = Option(flag, help=sentence(WORDS[name], accepted, default, ", ".join(marks) or "default"),
                         rich_help_panel=None if name in MAIN else "Advanced", **extra)
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None,
                                     annotation=Annotated[kind | None, option]))
@@ -211,15 +211,15 @@ def train(
     if expansion is not None and "n_latents" in given:
         raise bt.InputError("--expansion and --n-latents set the same; give one of them")
     cfg = (replace(bt.RunConfig.load(resume), **given) if resume
-           else bt.RunConfig.preset(preset, recipe, d_model=1, **given))
-    bt.processes.join(cfg.device)
-    several, folder = bt.processes.size > 1, resume or out_folder / (name or preset)
+           else bt.RunConfig.preset(preset, recipe, **given))
+    group = bt.Processes.join(cfg.device)
+    several, folder = group.size > 1, resume or out_folder / (name or preset)
     if not (resume or name or several):  # several would choose different ones
         folder = free_folder(out_folder, preset)
-    start = f"torchrun --nproc-per-node {bt.processes.size}" if several else "python"
+    start = f"torchrun --nproc-per-node {group.size}" if several else "python"
     again = f"{start} cli.py train --resume {shlex.quote(str(folder))}"
     finished = bool(resume) and is_finished([folder])
-    [result] = train_with_bar({"": cfg}, folder, again, bool(resume), expansion)
+    [result] = train_with_bar({"": cfg}, folder, again, bool(resume), expansion, group)
     show_metrics(result, as_json)
     if several:
         torch.distributed.destroy_process_group()
@@ -307,7 +307,7 @@ class Stop:
         if RANK == 0:
             os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
-def train_with_bar(configs, folder, again, resume, expansion=None):
+def train_with_bar(configs, folder, again, resume, expansion=None, group=bt.Processes()):
     """Load the language model and train SAEs on it, unless that is done; the command `again` continues it."""
     runs = [folder / name for name in configs]
     if resume and is_finished(runs) and not saved_states(folder):
@@ -329,6 +329,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
     try:
         with stop, bar.progress:
             lm = bt.LanguageModel.from_config(cfg)
+            lm.processes = group
             sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
             configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
             [cfg, *_] = configs.values()
@@ -364,10 +365,12 @@ def read_evaluation(run):
     path = run / "evaluation.json"
     with bt.explained(f"{str(path)!r} is damaged or of another version; `eval` measures the run again"):
         result = json.loads(path.read_text())
-        sum(result[name] for name in NUMBERS) + result.get("agreement", 0)
-        sum(result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS)
+        both = [result[selection][name] or 0 for selection in ("batch", "theta") for name in MEANINGS]
+        numbers = [result[name] for name in NUMBERS] + [result.get("agreement", 0)] + both
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError("not a number")
         l0_quantiles(result["theta"]["l0_histogram"])
-        return result | {"run": str(run)}  # all is there, and numbers
+        return result | {"run": str(run)}
 
 def free_folder(parent, name):
     """Make parent/name, or the first of parent/name-2, name-3 … that does not exist."""
@@ -413,7 +416,7 @@ def load(run, device, **site):
     if "layer" in site or "site" in site:
         site["module"] = ""  # which would be read in their place
     sae.config = bt.RunConfig(**vars(sae.config) | site)
-    lm = bt.LanguageModel.from_config(replace(sae.config, device=device))
+    lm = bt.LanguageModel.from_config(replace(sae.config, device=device), sae.found)
     if lm.d_model != sae.config.d_model:
         raise bt.InputError(f"{str(run)!r} reads activations of width {sae.config.d_model}; those of "
                             f"{sae.config.model!r} have {lm.d_model} at this site")
@@ -465,7 +468,7 @@ def export(
     """Write the encoder for other programs: TorchScript, SAELens or dictionary_learning."""
     sae, path = bt.SAE.load(run), out_path or run / ("encoder.pt" if format == "torchscript" else format)
     with err.status("comparing with the SAE"):
-        x = held_out_activations(run)
+        x = held_out_activations(sae)
         found = bt.export(sae, path, x, format=format, dtype=dtype, overwrite=force)
     if as_json:
         print(json.dumps({"run": str(run), "path": str(path), "k": sae.config.k, **found}))
@@ -479,11 +482,13 @@ def export(
         tell("The file, loaded again, has {exported_l0:.2f}; {flipped} of {active:,.0f} active entries "
              "differ, the others by at most {largest_difference:.2g}.".format(active=active, **found))
 
-def held_out_activations(run: Path) -> torch.Tensor | None:
-    """Activations [n, D] of held-out text, or None if the run's model or text is not at hand."""
+def held_out_activations(sae: bt.SAE) -> torch.Tensor | None:
+    """Activations [n, D] of held-out text, or None if the SAE's model or text is not known or not at hand."""
+    cfg = sae.config
+    if not isinstance(cfg, bt.RunConfig):
+        return None
     with contextlib.suppress(bt.Unavailable, bt.InputError):
-        cfg = bt.RunConfig.load(run)
-        lm = bt.LanguageModel.from_config(cfg)
+        lm = bt.LanguageModel.from_config(cfg, sae.found)
         if lm.d_model == cfg.d_model:
             contexts = bt.held_out_contexts(cfg, lm.tokenizer)[1]
             few = contexts[:: max(1, len(contexts) // 64)]
@@ -491,7 +496,7 @@ def held_out_activations(run: Path) -> torch.Tensor | None:
 
 # ---- Runs: SAEs trained side by side, what they write, how they continue ----
 
-SHARED = "d_model", "tokens", "eval_tokens", "device"  # what SAEs trained together share of Config
+SHARED = "d_model", "tokens", "eval_tokens", "max_norm", "device"  # what SAEs trained together share of Config
 OWN = tuple(field.name for field in fields(bt.Config) if field.name not in SHARED)
 
 def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None, on_read=None):
@@ -515,17 +520,16 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
         calibration_ids, evaluation_ids = bt.held_out_contexts(cfg, lm.tokenizer)
         warn_of_nonsense(lm, evaluation_ids[:4].to(lm.device))
         begun = [folder / name for name in configs if (folder / name / "config.json").is_file()]
-        first = bt.RunConfig.load(begun[0]) if begun else cfg
-        cfg = replace(cfg, model_batch=bt.pass_contexts(first, lm))
-        lm.norm_limit, lm.left_out = first.norm_limit, None
+        found = bt.load_config(begun[0])[1] if begun else bt.Found()
+        pass_contexts = found.pass_contexts or bt.pass_contexts(cfg, lm)
+        cfg = replace(cfg, model_batch=pass_contexts)
+        lm.norm_limit, lm.left_out = found.norm_limit, None
         calibration = bt.shuffled_activations(cfg, lm, calibration_ids, on_read)
         if cfg.max_norm and not lm.norm_limit and len(calibration):  # these are the first of a new run
             lm.left_out = bt.outliers(calibration, cfg.max_norm)
             lm.norm_limit = lm.left_out.norm_limit
             calibration = calibration[calibration.norm(dim=1) <= lm.norm_limit]
-        prepend_bos = cfg.prepend_bos and bool(bt.begin_token(lm.tokenizer))
-        found = {"norm_limit": lm.norm_limit, "prepend_bos": prepend_bos, "model_batch": cfg.model_batch}
-        configs = {name: replace(own, **found) for name, own in configs.items()}
+        found = bt.Found(lm.norm_limit, bool(bt.begin_token(lm.tokenizer)), pass_contexts)
         evaluation = bt.shuffled_activations(cfg, lm, evaluation_ids, on_read)
         if not len(calibration) or not len(evaluation):
             raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit "
@@ -533,13 +537,15 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
         if min(len(calibration), len(evaluation)) < 0.9 * cfg.eval_tokens:  # norms left out are far fewer
             warnings.warn(f"held-out text gives {len(calibration):,} tokens for θ and {len(evaluation):,} to "
                           f"evaluate, not {cfg.eval_tokens:,}")
-        trainers = {name: bt.Trainer(own) for name, own in configs.items()}
+        trainers = {name: bt.Trainer(own, lm.processes.keep_share_(bt.make_sae(own)))
+                    for name, own in configs.items()}
+        for trainer in trainers.values():
+            trainer.sae.found = found
         seconds = dict.fromkeys(trainers, 0.0)  # in each SAE's own steps
-        cfg = replace(cfg, **found)
         if not train_trainers(trainers, seconds, cfg, lm, folder, evaluation[:4096], on_step, on_read):
             return None
         for name, trainer in trainers.items():
-            bt.calibrate(trainer.sae, [calibration])
+            trainer.sae.calibrate([calibration])
             trainer.sae.save(folder / name)
         saes = {folder / name: trainer.sae for name, trainer in trainers.items()}
         results = evaluate_runs(saes, lm, (evaluation_ids, evaluation), on_context)
@@ -551,7 +557,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
             if name in agreements:
                 result["agreement"] = agreements[name]
             write(folder / name / "evaluation.json", json.dumps(result))
-        if bt.processes.rank == 0:
+        if RANK == 0:
             for state in state_files(folder):
                 state.unlink()
     return results
@@ -621,16 +627,16 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step, on_read):
     """The training of train_runs, from its start or last saved state to a saved state; whether to its end."""
     tokens, at, records = load_state_(folder, trainers, seconds)
     for name, trainer in trainers.items():
-        write(folder / name / "config.json", bt.config_json(trainer.cfg))
-    saved, every = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens
+        write(folder / name / "config.json", bt.config_json(trainer.cfg, trainer.sae.found))
+    saved, every, total = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens, lm.processes.total
     now = functools.partial(clock, lm.device) if len(trainers) > 1 else time.perf_counter  # waits take time
-    any_stops = lambda *n: bt.processes.total(bool(on_read and on_read(*n)))  # noqa: E731
+    any_stops = lambda *n: total(bool(on_read and on_read(*n)))  # noqa: E731
     with contextlib.closing(bt.activation_batches(cfg, lm, at, any_stops)) as batches:
         while tokens < cfg.tokens:
             try:
                 x, after = next(batches, (None, None))
             except (bt.InputError, bt.Unavailable):
-                if bt.processes.size == 1:  # several may have failed at different tokens
+                if SIZE == 1:  # several may have failed at different tokens
                     save_state(folder, trainers, seconds, at, records)
                 raise
             if x is None:  # stopped while it was read
@@ -650,10 +656,10 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step, on_read):
                 tenth = passed(cfg.tokens / 10, before, tokens)
                 record(folder, trainers, tokens, stats, probe if tenth else None, records)
             stopped = bool(on_step and on_step(tokens, stats))
-            stopped = bt.processes.total(stopped)  # in any process
+            stopped = total(stopped)  # in any process
             late = time.monotonic() - saved > 60 * cfg.checkpoint_minutes
             due = stopped or late or tokens == cfg.tokens or passed(every, before, tokens)
-            if bt.processes.total(bool(due)):
+            if total(bool(due)):
                 saved = time.monotonic()
                 save_state(folder, trainers, seconds, at, records)
             if stopped:
@@ -675,12 +681,27 @@ def record(folder, trainers, tokens, stats, probe, records):
 
 def write(path, text):
     """Write a text file of a run, once for all processes."""
-    if bt.processes.rank == 0:
+    if RANK == 0:
         bt.write_atomically(path, text.encode())
 
 def state_text(trainers):
-    """What a saved state belongs to. It may go on on another device, and be older than some fields."""
-    text = repr({name: replace(trainer.cfg, device="auto") for name, trainer in trainers.items()})
+    """What a saved state belongs to: each run's fields, in the words of older versions, whose states go on here.
+
+    It may go on on another device, and be older than some fields.
+    """
+    texts = []
+    for name, trainer in trainers.items():
+        cfg, found, own = trainer.cfg, trainer.sae.found, []
+        for field in fields(cfg):
+            before = {"device": "auto", "model_batch": found.pass_contexts}
+            if field.name == "prepend_bos":
+                before["prepend_bos"] = bt.begins(trainer.sae)
+            if field.name == "model_batch":
+                own += [f"max_norm={cfg.max_norm!r}", f"norm_limit={found.norm_limit!r}"]
+            if field.name != "max_norm":
+                own.append(f"{field.name}={before.get(field.name, getattr(cfg, field.name))!r}")
+        texts.append(f"{name!r}: {type(cfg).__name__}({', '.join(own)})")
+    text = f"{{{', '.join(texts)}}}"
     for name, value in (("topk_start", 0.0), ("decoder_lr", 2)):  # what states of before them mean
         text = text.replace(f", {name}={value}", "")
     return text
@@ -698,10 +719,10 @@ def save_state(folder, trainers, seconds, at, records):
     except OSError as error:
         failed = True
         warnings.warn(f"{error}; what is saved is older than token {tokens}")
-    if not bt.processes.total(failed):
+    if not trainer.sae.processes.total(failed):
         for old in set(state_files(folder)) - set(state_files(folder, tokens)):
             old.unlink(missing_ok=True)  # another process may have been faster
-    elif bt.processes.size > 1:
+    elif SIZE > 1:
         path.unlink(missing_ok=True)  # a part is worth nothing
 
 def load_state_(folder, trainers, seconds):
@@ -710,22 +731,19 @@ def load_state_(folder, trainers, seconds):
     if not states:
         return 0, bt.Position(), {name: [] for name in trainers}
     n, tokens = states[-1]
-    if n != bt.processes.size:
+    if n != SIZE:
         raise bt.Unavailable(f"{str(folder)!r} was saved by {n} processes; continue it with as many")
     saved = bt.load_tensors(state_path(folder, tokens), state_text(trainers))
     with bt.explained(f"the state in {str(folder)!r} was written by another version of batchtopk"):
         for name, trainer in trainers.items():
-            for key, t in bt.trainer_state(trainer).items():
-                t.copy_(saved[f"{name}/{key}"])
-                if isinstance(vars(trainer).get(key), (int, float)):
-                    setattr(trainer, key, type(getattr(trainer, key))(t))
+            bt.restore_trainer_(trainer, {key: saved[f"{name}/{key}"] for key in bt.trainer_state(trainer)})
         at, spent, records = json.loads(saved["json"].numpy().tobytes())
     seconds.update(spent)
     return tokens, bt.Position(*at), records
 
 def state_path(folder, tokens):
     """Where this process saves its share of the state after so many tokens."""
-    return folder / f"state-{tokens}-{bt.processes.rank}-of-{bt.processes.size}.safetensors"
+    return folder / f"state-{tokens}-{RANK}-of-{SIZE}.safetensors"
 
 def state_files(folder, tokens="*"):
     """The saved states of all processes."""
@@ -763,7 +781,7 @@ def check_run_folder(folder, resume=False):
 def locked(folder):
     """Make a folder and hold it for this run alone, as long as its process 0 lives."""
     folder.mkdir(parents=True, exist_ok=True)
-    if bt.processes.rank > 0:
+    if RANK > 0:
         yield
         return
     lock = FileLock(folder / LOCK, timeout=0)
@@ -807,9 +825,8 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None, on_read=None):
             metrics[selection] |= to_json_values(spliced[selection])
         theta = float(sae.processes.gather(sae.get_theta().detach()).mean())
         trained = sae.config.tokens if (Path(folder) / "metrics.jsonl").is_file() else None  # from Python
-        results.append({"run": str(folder), "tokens": trained, "k": sae.config.k,
-                        "theta_value": theta, "left_out": left_out, "eval_tokens": metrics.pop("tokens"),
-                        **metrics})
+        results.append({"run": str(folder), "tokens": trained, "k": sae.config.k, "theta_value": theta,
+                        "eval_tokens": metrics.pop("tokens"), **metrics, "left_out": left_out})  # by the model
     seconds = round(time.perf_counter() - started, 2)
     return [{**result, "seconds": seconds} for result in results]
 
@@ -1000,7 +1017,7 @@ def compare(
     settings = [dict(zip(values, setting)) for setting in itertools.product(*values.values())]
     first, *others = values.get("recipe", ["ours"])
     if others:  # all read the same tokens, those of the first recipe
-        cfg = bt.RunConfig.preset(preset, first, d_model=1)
+        cfg = bt.RunConfig.preset(preset, first)
         changed = {name for recipe in bt.RECIPES.values() for name in recipe}
         given = {name: getattr(cfg, name) for name in changed - {*OWN}} | given
     configs, groups = {}, {}
@@ -1028,15 +1045,15 @@ def setting_config(preset, setting, given):
         values[name] = text
         with contextlib.suppress(ValueError):
             values[name] = learning_rate(text) if name == "lr" else float(text)
-    return bt.RunConfig.preset(preset, recipe, d_model=1, **values)
+    return bt.RunConfig.preset(preset, recipe, **values)
 
 def comparison_results(configs, folder):
     """Train and evaluate all configurations, continue that, or read what was found."""
     check_shared(configs)
     begun = {path.parent.name: bt.RunConfig.load(path.parent) for path in folder.glob("*/config.json")}
     for name, cfg in begun.items():
-        asked, found = configs.get(name), ("d_model", "norm_limit", "prepend_bos", "model_batch", "device")
-        if asked is None or replace(cfg, **{field: getattr(asked, field) for field in found}) != asked:
+        asked = configs.get(name)
+        if asked is None or replace(cfg, d_model=asked.d_model, device=asked.device) != asked:
             raise bt.InputError(f"{str(folder)!r} was begun with other configurations; choose another folder")
     results = train_with_bar(configs, folder, "the same command", bool(begun))
     return [{"name": name, **result, "config": vars(bt.RunConfig.load(folder / name))}

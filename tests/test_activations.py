@@ -165,7 +165,7 @@ def test_a_model_that_cannot_run_here_ends_in_one_line(tmp_path, lm, monkeypatch
 @pytest.fixture(scope="module")
 def library():
     """The standard library's sources for training, and those held out."""
-    return [list(bt.documents(small(dataset="stdlib"), split)) for split in ("train", "held-out")]
+    return [list(bt.texts_of(small(dataset="stdlib"), split)) for split in ("train", "held-out")]
 
 def test_the_embedded_model_is_a_language_model(lm, library):
     """Unigram entropy is 6.3 nats; a model trained on this source is far below it, on files it never saw."""
@@ -193,8 +193,8 @@ def test_local_files_give_their_documents_and_hold_out_every_twentieth(tmp_path,
     texts = lines(45)
     write_texts(tmp_path, texts)
     cfg = small(dataset=str(tmp_path / f"a.{suffix}"))
-    assert list(bt.documents(cfg, "held-out")) == [texts[19], texts[39]]
-    assert sorted([*bt.documents(cfg, "train"), texts[19], texts[39]]) == sorted(texts)
+    assert list(bt.texts_of(cfg, "held-out")) == [texts[19], texts[39]]
+    assert sorted([*bt.texts_of(cfg, "train"), texts[19], texts[39]]) == sorted(texts)
 
 @pytest.mark.parametrize("name", ["a[12]", "a [v2]", "a::b", "a*", "a?", "file:a"])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
@@ -205,7 +205,7 @@ def test_a_file_is_read_literally_whatever_its_name(tmp_path, suffix, name, monk
         (tmp_path / f"a.{suffix}").rename(tmp_path / f"{stem}.{suffix}")
     monkeypatch.chdir(tmp_path)
     for dataset in (f"{name}.{suffix}", str(tmp_path / f"{name}.{suffix}")):
-        assert list(bt.documents(small(dataset=dataset), "held-out")) == texts[19::20]
+        assert list(bt.texts_of(small(dataset=dataset), "held-out")) == texts[19::20]
 
 def test_a_folder_whose_name_would_be_read_as_a_pattern_is_refused(tmp_path):
     """Bug here once: a[12] gave the text of the a1 beside it. Other folders and patterns of files are read."""
@@ -214,16 +214,16 @@ def test_a_folder_whose_name_would_be_read_as_a_pattern_is_refused(tmp_path):
         (tmp_path / name / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines(30)))
     for name in ("a[12]", "a::b"):
         with pytest.raises(bt.InputError, match="is a folder, but would be read as a pattern; give one of"):
-            list(bt.documents(small(dataset=str(tmp_path / name)), "train"))
+            list(bt.texts_of(small(dataset=str(tmp_path / name)), "train"))
     for name in ("a1", "a[1]/*.jsonl"):
-        assert list(bt.documents(small(dataset=str(tmp_path / name)), "held-out")) == lines(30)[19::20]
+        assert list(bt.texts_of(small(dataset=str(tmp_path / name)), "held-out")) == lines(30)[19::20]
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_list_in_json_is_read_and_halves_of_characters_are_replaced(tmp_path, indent):
     """Bug here once: one half of an emoji, as where a text was cut, and the file could not be read."""
     rows = [{"id": 1, "text": f"{i} \ud83d\u2028 é"} for i in range(3)]
     (tmp_path / "a.json").write_text("\n" + json.dumps(rows, indent=indent))
-    assert list(bt.documents(small(dataset=str(tmp_path / "a.json")), "train")) == [
+    assert list(bt.texts_of(small(dataset=str(tmp_path / "a.json")), "train")) == [
         f"{i} ?\u2028 é" for i in range(3)]
 
 @pytest.mark.parametrize("suffix", ["txt", "TXT", "md"])
@@ -233,10 +233,10 @@ def test_documents_of_a_text_file_are_divided_by_lines_of_white_space_or_are_its
     """Bug here once: with a blank in them, or without any, the file counted as one document."""
     (tmp_path / f"a.{suffix}").write_text(between.join(lines(n)) + "\n\n", encoding="utf-8-sig")
     cfg = small(dataset=str(tmp_path / f"a.{suffix}"))
-    assert [list(bt.documents(cfg, s)) for s in ("held-out", "train")] == [
+    assert [list(bt.texts_of(cfg, s)) for s in ("held-out", "train")] == [
         lines(n)[19::20], [t for i, t in enumerate(lines(n)) if i % 20 != 19]]
     (tmp_path / f"a.{suffix}").write_text("one\ntwo\n\nthree\nfour")
-    assert list(bt.documents(cfg, "train")) == ["one\ntwo", "three\nfour"]
+    assert list(bt.texts_of(cfg, "train")) == ["one\ntwo", "three\nfour"]
 
 @pytest.mark.parametrize("name, data, said", [
     ("a.txt", "é".encode("latin1"), "is not in UTF-8 .unexpected end of data at byte 0.; .* iconv -f latin1"),
@@ -274,7 +274,7 @@ def test_a_hub_data_set_with_a_loading_script_is_retried_at_its_parquet_revision
             raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
         return iter([{"text": "hello"}])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(bt.documents(small(dataset="some/openwebtext"), "train")) == ["hello"]
+    assert list(bt.texts_of(small(dataset="some/openwebtext"), "train")) == ["hello"]
     first = {"path": "some/openwebtext", "name": None, "split": "train", "streaming": True}
     assert calls == [first, {**first, "revision": "refs/convert/parquet"}]
 
@@ -289,7 +289,7 @@ def test_texts_that_cannot_be_used_are_named(tmp_path, lm, text, kind, said):
     if text is not None:
         (tmp_path / "a.jsonl").write_text(text)
     cfg = small(dataset=str(tmp_path / "a.jsonl"))
-    for read in (lambda *a: next(bt.contexts(*a)), bt.held_out_contexts):
+    for read in (lambda *a: next(bt.training_contexts(*a)), bt.held_out_contexts):
         with pytest.raises(kind, match=said) as error:
             read(cfg, lm.tokenizer)
         assert "a.jsonl" in str(error.value) and "\n" not in str(error.value)
@@ -387,7 +387,7 @@ def test_training_contexts_are_shuffled_far_beyond_the_buffer_each_once(tmp_path
     assert torch.equal(chunk, ordered) and 80 <= len(ordered) < 90
 
     def chunk(seed):
-        shuffled = bt.contexts(dataclasses.replace(cfg, seed=seed), lm.tokenizer)
+        shuffled = bt.training_contexts(dataclasses.replace(cfg, seed=seed), lm.tokenizer)
         return torch.stack([next(shuffled)[0] for _ in ordered])
     places = [ordered.tolist().index(context) for context in chunk(0).tolist()]
     assert sorted(places) == list(range(len(ordered)))
@@ -397,21 +397,21 @@ def test_training_contexts_are_shuffled_far_beyond_the_buffer_each_once(tmp_path
 def test_contexts_continue_from_their_position_and_repeat_without_end(tmp_path, lm, monkeypatch):
     monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
     cfg = small(dataset=write_texts(tmp_path, lines(300)), context=16, model_batch=4)
-    found, positions = zip(*itertools.islice(bt.contexts(cfg, lm.tokenizer), 600))
+    found, positions = zip(*itertools.islice(bt.training_contexts(cfg, lm.tokenizer), 600))
     assert positions[-1].documents > 2 * 285, "should have gone round more than twice"
     for start in (0, 130, 197, 520):  # 40 contexts or so are shuffled together
-        again = bt.contexts(cfg, lm.tokenizer, positions[start])
+        again = bt.training_contexts(cfg, lm.tokenizer, positions[start])
         assert all(torch.equal(context, next(again)[0]) for context in found[start + 1 : start + 60])
 
 def test_a_run_that_reads_its_text_more_than_once_says_how_often(tmp_path, lm, recwarn, monkeypatch):
     """Bug here once: a file of 200 kB was read more than three times in silence, and L0 was 33.6 for k = 32."""
     monkeypatch.setattr(bt, "TEXT_SHUFFLE", 40)
     cfg = small(dataset=write_texts(tmp_path, lines(300)), context=16)
-    length = 16 * len(bt.pack(cfg, lm.tokenizer, bt.tokenise(lm.tokenizer, bt.documents(cfg, "train")), 10**6)[0])
+    length = 16 * len(bt.pack(cfg, lm.tokenizer, bt.tokenise(lm.tokenizer, bt.texts_of(cfg, "train")), 10**6)[0])
 
     def warned(n_contexts, **changes):
         recwarn.clear()
-        stream = bt.contexts(dataclasses.replace(cfg, **changes), lm.tokenizer)
+        stream = bt.training_contexts(dataclasses.replace(cfg, **changes), lm.tokenizer)
         [*itertools.islice(stream, n_contexts)]
         stream.close()
         return [re.search(r"has about ([\d,]+) tokens and is read ([\d.]+) times", str(w.message))
@@ -428,7 +428,7 @@ def test_a_process_that_leaves_a_stream_open_ends_at_once_and_cleanly():
     """Bug here once: a thread was killed inside native code at exit, and the process aborted."""
     code = ("import batchtopk as bt; cfg = bt.RunConfig(d_model=1, n_latents=64);"
             "lm = bt.LanguageModel('tiny-gpt2', device='cpu');"
-            "stream = bt.contexts(cfg, lm.tokenizer); next(stream); print('done')")
+            "stream = bt.training_contexts(cfg, lm.tokenizer); next(stream); print('done')")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(bt.__file__).parent, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr
@@ -440,6 +440,7 @@ class CountingModel:
     def __init__(self, tokenizer):
         self.tokenizer, self.d_model, self.device, self.n = tokenizer, 2, torch.device("cpu"), 0
         self.model, self.norm_limit = types.SimpleNamespace(dtype=torch.float32), 0
+        self.processes = bt.Processes()
 
     def is_kept(self, ids):
         return torch.arange(ids.numel()).view_as(ids) % 3 > 0  # not all, and not a multiple of anything
@@ -790,25 +791,25 @@ def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it(lm, data, tm
     def watched(trainer, x):
         seen.append(float(x.norm(dim=1).max()))
         return step(trainer, x)
-    calibrate, calibrated = bt.calibrate, []
+    calibrate, calibrated = bt.SAE.calibrate, []
     monkeypatch.setattr(bt.Trainer, "step", watched)
-    monkeypatch.setattr(bt, "calibrate", lambda sae, batches: calibrated.append(batches[0]) or calibrate(
+    monkeypatch.setattr(bt.SAE, "calibrate", lambda sae, batches: calibrated.append(batches[0]) or calibrate(
         sae, batches))
     results = {}
     for max_norm in (10, 0):
         own = dataclasses.replace(cfg, max_norm=max_norm)
         [results[max_norm]] = cli.train_runs({"": own}, lm, tmp_path / str(max_norm))
-        config = bt.SAE.load(tmp_path / str(max_norm)).config
-        assert (config.norm_limit > 0) == (max_norm > 0) and config.prepend_bos
+        found = bt.SAE.load(tmp_path / str(max_norm)).found
+        assert (found.norm_limit > 0) == (max_norm > 0) and found.begin_token and found.pass_contexts
         assert (max(seen) > 1000) == (float(calibrated.pop().norm(dim=1).max()) > 1000) == (max_norm == 0)
         if max_norm:
-            assert max(seen) <= config.norm_limit == lm.norm_limit and lm.left_out.variance > 0.5
+            assert max(seen) <= found.norm_limit == lm.norm_limit and lm.left_out.variance > 0.5
             assert results[10]["left_out"] == pytest.approx(1 / 3 / 31, rel=0.5)
             assert results[10]["theta"]["frac_unread"] > 1 / 32 + 0.005 > results[10]["left_out"]
         seen.clear()
     assert results[0]["left_out"] == 0 and results[0]["theta"]["mse"] > 10 * results[10]["theta"]["mse"]
-    again = bt.LanguageModel.from_config(config := bt.SAE.load(tmp_path / "10").config)
-    assert again.norm_limit == config.norm_limit
+    sae = bt.SAE.load(tmp_path / "10")
+    assert bt.LanguageModel.from_config(sae.config, sae.found).norm_limit == sae.found.norm_limit
 
 def test_a_tokenizer_that_is_not_the_models_is_warned_of(lm, data, tmp_path, recwarn):
     """Bug here once: with as many tokens in another order, a run ended well and told of it by ce_clean alone."""

@@ -186,12 +186,12 @@ def test_an_sae_of_saelens_is_measured_and_browsed_where_its_file_says(run, tmp_
     assert refused.exit_code == 2 and re.fullmatch(said, refused.stderr), refused.output
     options += ["--model", "tiny-gpt2", "--layer", cfg["metadata"]["hook_name"].split(".")[1]]
     assert re.fullmatch(said, say(hook_name=None).stderr)
-    assert json.loads(invoke("eval", folder, *options, "--site", "resid_pre").stdout)["tokens"]
+    assert json.loads(invoke("eval", folder, *options, "--site", "resid_pre").stdout)["eval_tokens"]
 
 def test_a_model_layer_or_site_given_replaces_the_runs_own(run, tmp_path):
     config, seen = bt.RunConfig.load(run[0]), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bt.LanguageModel, "from_config", lambda cfg: seen.append(cfg) or 1 / 0)
+        patch.setattr(bt.LanguageModel, "from_config", lambda cfg, found: seen.append(cfg) or 1 / 0)
         for options in ([], ["--model", "moved/here"], ["--layer", 2], ["--site", "mlp_out"]):
             invoke("eval", run[0], *options, "--device", "cpu")
         sae = bt.SAE.load(run[0])
@@ -248,7 +248,7 @@ def test_what_the_terminals_encoding_lacks_is_replaced(run, charset):
 
 @pytest.mark.parametrize("arguments, accepted", [
     (["train", "--preset"], bt.PRESETS), (["train", "--recipe"], bt.RECIPES),
-    (["train", "--activation"], bt.SAES), (["train", "--site"], bt.choices(cli.FIELDS["site"])),
+    (["train", "--activation"], bt.SAES), (["train", "--site"], bt.choices_of(cli.FIELDS["site"])),
     (["compare", "--study"], cli.STUDIES), (["export", "runs/tiny", "--format"], bt.FORMATS),
     (["export", "runs/tiny", "--dtype"], ["float32", "float16"])])
 def test_choices_are_shown_completed_and_refused_by_name(arguments, accepted):
@@ -319,9 +319,9 @@ def test_a_mistake_ends_in_one_line_that_names_it(arguments, code, said, tmp_pat
     assert result.stdout == "" and not list(tmp_path.glob("runs/*"))
 
 def test_out_of_memory_is_one_line_that_says_what_to_lower(tmp_path, monkeypatch):
-    def full(cfg):
+    def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nOf the allocated …")
-    for trainer in (full, lambda cfg: torch.empty(1 << 60)):
+    for trainer in (full, lambda *_: torch.empty(1 << 60)):
         monkeypatch.setattr(bt, "Trainer", trainer)
         result = invoke("train", "--out", tmp_path / "runs", *options())
         assert result.exit_code == 2
@@ -621,14 +621,14 @@ def test_every_study_is_one_of_configurations_that_can_share_a_stream(study, mon
         ours, paper = (seen[f"batchtopk-recipe={name}-seed=0"] for name in ("ours", "paper"))
         recipe = {name: value for name, value in bt.RECIPES["paper"].items() if name in cli.OWN}
         assert paper == dataclasses.replace(ours, **recipe), "of the text they read the same"
-        assert ours == bt.RunConfig.preset("tiny", d_model=1)
+        assert ours == bt.RunConfig.preset("tiny")
         seen.clear()
         invoke("compare", "--recipe", "paper,ours", "--activation", "batchtopk", "--seeds", 1)
-        assert seen["batchtopk-recipe=paper-seed=0"] == bt.RunConfig.preset("tiny", "paper", d_model=1)
+        assert seen["batchtopk-recipe=paper-seed=0"] == bt.RunConfig.preset("tiny", "paper")
         assert seen["batchtopk-recipe=ours-seed=0"].max_norm == 0, "the first recipe's text"
         seen.clear()
         invoke("compare", "--recipe", "paper", "--activation", "topk", "--seeds", 1)
-        assert [*seen.values()] == [bt.RunConfig.preset("tiny", "paper", d_model=1, activation="topk")]
+        assert [*seen.values()] == [bt.RunConfig.preset("tiny", "paper", activation="topk")]
     if study == "training":
         none, lr = (seen[f"batchtopk-change={change}-seed=0"] for change in ("none", "lr=0.006"))
         assert lr == dataclasses.replace(none, lr=0.006)

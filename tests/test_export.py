@@ -99,7 +99,8 @@ def test_bfloat16_inputs_and_saes_export_in_float32(sae, tmp_path):
     extra = {"config.json": ""}
     exported = torch.jit.load(tmp_path / "encoder.pt", _extra_files=extra)
     assert exported(torch.randn(3, 48).bfloat16()).dtype == torch.float32
-    assert bt.Config(**json.loads(extra["config.json"])) == sae.config
+    said = json.loads(extra["config.json"])
+    assert bt.Found(**said.pop("found")) == sae.found and bt.Config(**said) == sae.config
 
 @pytest.mark.parametrize("names", [("W_enc", "b_enc", "theta"), ("W_dec",), ("theta",)])
 def test_a_file_that_differs_is_refused_and_leaves_what_was_there(names, sae, tmp_path, monkeypatch):
@@ -163,8 +164,8 @@ def test_autocast_is_refused_inside_the_file(sae, planted, tmp_path):
                 use()
 
 def test_the_file_knows_which_activations_are_of_a_size_it_was_trained_on(sae, planted, tmp_path):
-    x = planted.batch(6, 71).view(2, 3, 48)
-    assert load(sae, tmp_path).seen(1e9 * x).all(), "no limit where a person gave the tensors"
+    x, sae.found = planted.batch(6, 71).view(2, 3, 48), bt.Found()
+    assert load(sae, tmp_path).seen(1e9 * x).all(), "no limit was found"
     limit = float(x[0, 0].norm())
     sae.config, sae.found = bt.RunConfig(**vars(sae.config)), bt.Found(norm_limit=limit)  # of a run on text
     x[1] *= 100

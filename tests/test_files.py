@@ -142,12 +142,11 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
         with pytest.raises(bt.InputError, match=said):
             cli.load_state_(tmp_path, {"": bt.Trainer(dataclasses.replace(cfg, **changes))}, {})
 
-def test_what_a_state_would_not_hold_is_noticed():
-    """Bug waiting to happen: what was no number was left out of saved states without a word."""
+def test_a_trainer_has_nothing_that_its_state_lacks():
+    """Bug waiting to happen: what is added to a trainer and not to the list of what is saved is lost."""
     trainer = bt.Trainer(bt.Config(d_model=4, n_latents=8, k=1, device="cpu"))
-    trainer.history = []
-    with pytest.raises(AssertionError, match="history is a .*list"):
-        bt.trainer_state(trainer)
+    known = {*bt.TRAINER_NUMBERS, "n_fired", "sae", "adam"} | {"cfg", "device", "cache"}  # made again
+    assert vars(trainer).keys() == known and set(bt.TRAINER_NUMBERS) < bt.trainer_state(trainer).keys()
 
 # Files that were changed
 
@@ -217,7 +216,8 @@ def test_a_changed_file_of_a_run_is_refused_in_a_line_that_names_it(finished, tm
 def test_a_changed_state_is_refused_and_changed_metrics_are_written_again(lm, cfg, finished, tmp_path):
     assert cli.train_runs({"": cfg}, lm, tmp_path, on_step=lambda tokens, stats: tokens > 1200) is None
     [state], own = tmp_path.glob("state-*"), bt.RunConfig.load(tmp_path)
-    text = cli.state_text({"": types.SimpleNamespace(cfg=own)})
+    sae = types.SimpleNamespace(config=own, found=bt.load_config(tmp_path)[1])
+    text = cli.state_text({"": types.SimpleNamespace(cfg=own, sae=sae)})
     expected, n = bt.load_tensors(state, text), int(os.environ.get("MUTANTS", 600))
     whole, refused = state.read_bytes(), 0
     for data in list(mutants(state, n, seed=2)):

@@ -745,18 +745,21 @@ def test_batches_may_come_in_any_sizes(planted):
 def test_theta_is_calibrated_on_tokens_that_are_not_trained_on_however_often_a_list_begins_again(planted,
                                                                                                  monkeypatch):
     """Bug here once: from the second time on they were, and L0 was 35.0 for k = 32."""
-    trained, held_out, step, calibrate = [], [], bt.Trainer.step, bt.calibrate
+    trained, held_out, step, calibrate = [], [], bt.Trainer.step, bt.SAE.calibrate
     monkeypatch.setattr(bt.Trainer, "step", lambda trainer, x: (trained.append(x), step(trainer, x))[1])
-    monkeypatch.setattr(bt, "calibrate", lambda sae, parts: (held_out.extend(parts), calibrate(sae, parts))[1])
+    monkeypatch.setattr(bt.SAE, "calibrate", lambda sae, x: (held_out.extend(x), calibrate(sae, x))[1])
     x, cfg = planted.batch(300, 0), config(d_model=48, tokens=1000)
     for batches in ([x], [x[:7], x[7:60], x[60:]], x.view(10, 30, 48)):
         trained.clear(), held_out.clear()
         bt.train(cfg, batches)
-        assert torch.equal(torch.cat(held_out), x[:48]), "5 % of 1000 tokens, in whole batches of 16"
-        expected = torch.cat([x[48:]] * 4)[:1000]
+        assert torch.equal(torch.cat(held_out), x[:16]), "5 % of the 300 tokens there are, at least a batch"
+        expected = torch.cat([x[16:]] * 4)[:1000]
         assert torch.equal(torch.cat(trained), expected)
-    with pytest.warns(UserWarning, match="hold 40 tokens: θ is calibrated on tokens that are trained on"):
-        bt.train(cfg, [x[:40]])
+    held_out.clear()
+    bt.train(cfg, map(torch.Tensor.clone, x.repeat(4, 1).split(7)))
+    assert torch.equal(torch.cat(held_out), x[:48]), "5 % of 1000 tokens, in whole batches of 16"
+    with pytest.warns(UserWarning, match="hold 16 tokens: θ is calibrated on tokens that are trained on"):
+        bt.train(cfg, [x[:16]])
 
 def test_exactly_the_asked_tokens_are_trained_on(planted, monkeypatch):
     seen, step = [], bt.Trainer.step
