@@ -2190,7 +2190,7 @@ TEXT_SHUFFLE = 8192  # contexts, because a few long documents could fill the buf
 def training_contexts(cfg, tokenizer, at=Position()):
     """Training text without end: contexts [T] of token ids, each with the Position after it."""
     n, left = min(TEXT_SHUFFLE, -(-cfg.tokens // cfg.context)), threading.Event()
-    lengths, first, packed, warned = [], at.documents, 0, False  # lengths: the documents in all the text
+    lengths, first, packed = [], at.documents, 0  # lengths: how many documents all the text has, once known
 
     def again_and_again():
         while not lengths or lengths[0]:
@@ -2208,8 +2208,7 @@ def training_contexts(cfg, tokenizer, at=Position()):
             while True:
                 chunk, n_documents = ahead.result()
                 packed, end = packed + len(chunk), at.documents + n_documents
-                if not warned and lengths and end >= lengths[0]:
-                    warned = True
+                if lengths and at.documents <= lengths[0] < end:  # it began again
                     warn_of_repetition(cfg, lengths[0] * packed / (end - first))
                 ahead = pack_next()
                 chunk = chunk[random_order(len(chunk), cfg.seed, at.documents)]

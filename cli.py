@@ -232,10 +232,8 @@ def is_finished(runs):
     return all((run / "evaluation.json").is_file() for run in runs)
 
 class Bar:
-    """Progress on stderr: in a terminal a bar, elsewhere a line a minute.
-
-    From the first step to the last it is that of training, otherwise that of what is read or measured.
-    """
+    """Progress on stderr, in a terminal a bar, elsewhere a line a minute: from the first step to the last that
+    of training, otherwise of what is read or measured."""
 
     def __init__(self, total=0, passes=1, tokens=0):
         self.progress = Progress(TaskProgressColumn(), BarColumn(10), "{task.description}", console=err,
@@ -318,12 +316,12 @@ def train_with_bar(configs, folder, again, resume, expansion=None, group=bt.Proc
     bar = Bar(cfg.tokens, cfg.passes, max((tokens for _, tokens in saved_states(folder)), default=0))
 
     def on_step(tokens, stats):
+        stop.patient = tokens < cfg.tokens
         if not bar.training:  # the first
             what = f"{len(configs)} SAEs" if len(configs) > 1 else f"{cfg.n_latents} latents, k = {cfg.k:g},"
             site = cfg.module or f"{cfg.site} of block {cfg.layer}"
             tell(f"{what} on {site} of {cfg.model}; {cfg.tokens:,} tokens on {lm.device}{left_out(lm)}", err)
         bar.step(tokens, stats)
-        stop.patient = bar.training
         return stop.number > 0
 
     try:
