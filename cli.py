@@ -9,6 +9,7 @@ Results go to stdout, progress to stderr. A mistake ends in one line and exit co
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -846,7 +847,7 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
         return {"tokens": [token_text(lm.tokenizer, token) for token in ids], "peak": t - first,
                 "activations": [round(v, 4) for v in values], "value": float(f[n, t])}
 
-    described = []
+    described, effects = [], logit_effects(sae, lm, latents)
     for j in latents:
         f = torch.zeros(contexts.shape)  # of this latent on every token
         f.view(-1)[position[latent == j]] = value[latent == j].float()
@@ -861,20 +862,63 @@ def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
             "latent": j, "density": int(fired[j]) / len(x), "max": float(peaks.max()),
             "mean": float(f.sum()) / max(1, int(fired[j])),
             "top": [context(i) for i in (most * T + places[most]).tolist()],
-            "lower": [context(i) for i in lower], **logit_effects(sae, lm, j),
+            "lower": [context(i) for i in lower], **next(effects),
             "neighbours": [[i, round(float(cosines[i]), 4)] for i in nearest]})
     return {"tokens": len(x), "latents": described}
 
-def logit_effects(sae, lm, latent):
-    """The largest direct effects on logits, without the final norm."""
-    W_U = lm.model.get_output_embeddings().weight
-    if sae.config.module or W_U.shape[1] != sae.W_dec.shape[1]:
-        return {"promotes": [], "suppresses": []}
-    logits = (W_U.float() @ sae.W_dec[latent].to(lm.device).float()).cpu()
-    logits -= logits.mean()
-    order = logits.argsort()
-    return {name: [[token_text(lm.tokenizer, i), round(float(logits[i]), 4)] for i in tokens.tolist()]
-            for name, tokens in (("promotes", order.flip(0)[:8]), ("suppresses", order[:8]))}
+def logit_effects(sae, lm, latents):
+    """Of each latent: the tokens whose logits its direction raises and lowers most by itself.
+
+    The final norm's weights are folded into the output embeddings, its division by a size is not. Nothing is
+    said where that norm is not found, or a module is read whose output need not be added to the stream.
+    """
+    W_U, said = lm.model.get_output_embeddings().weight.detach(), {"promotes": [], "suppresses": []}
+    folded = None if sae.config.module or W_U.shape[1] != sae.W_dec.shape[1] else final_norm(lm)
+    if folded is None:
+        yield from (said for _ in latents)
+        return
+    weights, takes_mean = folded
+    directions = sae.W_dec[latents].to(lm.device).float()
+    directions = (directions - takes_mean * directions.mean(1, keepdim=True)) * weights
+    means = (directions @ W_U.float().mean(0)).tolist()
+    for mean_effect, ends in zip(means, extremes(directions, W_U.float(), 8)):
+        yield {name: [[token_text(lm.tokenizer, i), round(effect - mean_effect, 4)] for i, effect in pairs]
+               for name, pairs in zip(said, ends)}
+
+@torch.no_grad()
+def final_norm(lm):
+    """The weights [D] of the model's final norm, and whether it takes the mean away; None if it has none.
+
+    Names and forms differ between families. So 64 tokens decide: on them the output embeddings' input is
+    weights · (h - mean) / size + bias, h being the last block's output, if there is such a norm.
+    """
+    n_tokens, found = min(len(lm.tokenizer), lm.n_rows), []
+    ids, probe = torch.linspace(1, n_tokens - 1, 64).long().view(4, 16), copy.copy(lm)
+    with contextlib.suppress(AttributeError, bt.InputError):  # no such blocks
+        last = lm.model.config.get_text_config().num_hidden_layers - 1
+        read = []
+        for site in (bt.find_site(lm.model, last, "resid_post", ""), (lm.model.get_output_embeddings(), True)):
+            probe.module, probe.reads_input = site
+            read.append(probe.activations(ids).flatten(0, 1).cpu().double())
+        h, y = read
+        for takes_mean in (False, True) if not torch.equal(h, y) else ():
+            unit = h - takes_mean * h.mean(1, keepdim=True)
+            unit /= unit.square().mean(1, keepdim=True).sqrt()
+            varying, wanted = unit - unit.mean(0), y - y.mean(0)
+            weights = (varying * wanted).sum(0) / varying.square().sum(0)
+            error = float((weights * varying - wanted).norm() / wanted.norm())
+            found.append((error, takes_mean, weights.float().to(lm.device)))
+    error, takes_mean, weights = min(found, default=(math.inf, None, None), key=lambda each: each[0])
+    return (weights, takes_mean) if error < 0.01 else None  # bfloat16 rounds by 0.003
+
+def extremes(a, b, n):
+    """For each row of a [m, D]: the n largest products with rows of b [k, D] and the n smallest, as pairs
+    of a row of b and the product."""
+    for part in a.split(max(1, COSINES // len(b))):
+        product = part @ b.T
+        ends = [product.topk(min(n, len(b)), largest=largest) for largest in (True, False)]
+        pairs = [zip(top.indices.tolist(), top.values.tolist()) for top in ends]
+        yield from ([list(zip(*row)) for row in rows] for rows in zip(*pairs))
 
 def token_text(tokenizer, token):
     """A token as it stands in text. Some decoders strip a blank from what comes first: so it comes twice."""

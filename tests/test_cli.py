@@ -602,7 +602,8 @@ def test_what_is_said_of_a_latent_is_so(run):
         row = sae.W_dec[latent["latent"]].detach()
         cosines = torch.cosine_similarity(sae.W_dec.detach(), row[None]).sort().values
         assert latent["neighbours"][0][1] == pytest.approx(float(cosines[-2]), abs=1e-4)
-        effect = lm.model.get_output_embeddings().weight.detach() @ row
+        direction = (row - row.mean()) * lm.model.transformer.ln_f.weight
+        effect = lm.model.get_output_embeddings().weight.detach() @ direction
         effect -= effect.mean()
         for name, i in (("promotes", int(effect.argmax())), ("suppresses", int(effect.argmin()))):
             assert latent[name][0] == [lm.tokenizer.decode([i]), pytest.approx(float(effect[i]), abs=1e-4)]
