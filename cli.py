@@ -83,6 +83,8 @@ def instead(name):
     return Annotated[kind | None, Option(metavar="", help=help)]
 
 Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.")]
+Dataset = Annotated[str | None, Option(metavar="", help="Other text, all of it held out: " + sentence(
+    f"{WORDS['dataset']}; by default the run's, of which the held-out part is read"))]
 Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
 Preset = choice(bt.PRESETS, "what to train on; it sets what is marked tiny")
 RECIPE = "how to train; it sets what is marked ours"
@@ -361,6 +363,8 @@ def evaluate(
     run: Run,
     ce_contexts: Annotated[int | None, Option(
         metavar="", help=f"{sentence(WORDS['ce_contexts'])} By default the run's.", min=1)] = None,
+    dataset: Dataset = None,
+    text_column: instead("text_column") = None,
     model: instead("model") = None,
     layer: instead("layer") = None,
     site: instead("site") = None,
@@ -369,14 +373,15 @@ def evaluate(
 ):
     """Evaluate a run on held-out text: batch selection and θ side by side."""
     with err.status("evaluating") as status:
-        sae, lm = load(run, device, model=model, layer=layer, site=site)
+        sae, lm = load(run, device, dataset, model=model, layer=layer, site=site)
         sae.config = replace(sae.config, ce_contexts=ce_contexts or sae.config.ce_contexts)
-        report = now_and_then(status.update)
-        [result] = evaluate_runs({run: sae}, lm, on_context=lambda done, total: report(
-            f"cross-entropy: {done} of {total} contexts"))
+        ids = text_to_read(sae.config, lm, dataset, text_column)
+        held_out, report = (ids, bt.shuffled_activations(sae.config, lm, ids)), now_and_then(status.update)
+        [result] = evaluate_runs({run: sae}, lm, held_out, lambda done, total: report(
+            f"cross-entropy: {done} of {total} contexts"), densities=as_json)
     show_metrics(result, as_json)
 
-def load(run, device, **site):
+def load(run, device, dataset=None, **site):
     """The SAE of a run and the language model it reads, on a device.
 
     site: model, layer and site, which replace the run's if they are given. An SAE saved from Python has none.
@@ -388,7 +393,8 @@ def load(run, device, **site):
         if len(site) < 3:
             raise bt.InputError(f"{str(run)!r} was saved from Python and names no language model; give "
                                 "--model, --layer and --site")
-        tell(f"{run} was saved from Python and names no text; the text is {bt.RunConfig.dataset}", err)
+        text = dataset or bt.RunConfig.dataset
+        tell(f"{run} was saved from Python and names no text; the text is {text}", err)
     if "layer" in site or "site" in site:
         site["module"] = ""  # which would be read in their place
     sae.config = bt.RunConfig(**vars(sae.config) | site)
@@ -397,6 +403,14 @@ def load(run, device, **site):
         raise bt.InputError(f"{str(run)!r} reads activations of width {sae.config.d_model}; those of "
                             f"{sae.config.model!r} have {lm.d_model} at this site")
     return sae, lm
+
+def text_to_read(cfg, lm, dataset=None, text_column=None):
+    """Token ids [n, T] of the run's held-out text, or of all of another data set; about eval_tokens of them."""
+    cfg = replace(cfg, text_column=text_column or cfg.text_column)
+    if dataset is None or Path(dataset).resolve() == Path(cfg.dataset).resolve():
+        return bt.held_out_contexts(cfg, lm.tokenizer)[1]
+    cfg, n = replace(cfg, dataset=dataset, dataset_config=""), math.ceil(cfg.eval_tokens / (cfg.context - 1))
+    return torch.cat(bt.held_out_contexts(cfg, lm.tokenizer, "all"))[:n]
 
 MEANINGS = {
     "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
@@ -748,11 +762,12 @@ def check_room(configs, folder):
         wanted, there = math.ceil(2 * state / 1e6) / 1000, free // 10**6 / 1000  # never the same number
         raise bt.InputError(f"the run wants {wanted:,} GB of disk; there are {there:,}")
 
-def evaluate_runs(saes, lm, held_out=None, on_context=None):
+def evaluate_runs(saes, lm, held_out=None, on_context=None, densities=False):
     """JSON-ready: evaluate {folder: SAE}, all of one model and text, on its held-out text.
 
     Args: held_out, token ids [n, T] and their activations [m, D], if they are at hand; on_context, called as
-        cross-entropy is measured with the number of contexts that are done and are to be done.
+        cross-entropy is measured with the number of contexts that are done and are to be done; densities,
+        whether to keep "feature_density", a number for each latent.
     """
     cfg, started = next(iter(saes.values())).config, time.perf_counter()
     if held_out is None:
@@ -763,7 +778,7 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None):
     losses = bt.splice_losses(list(saes.values()), lm, few, x.double().mean(0).float(), on_context)
     left_out, results = 1 - len(x) / int(lm.is_kept(ids).sum()), []
     for (folder, sae), spliced in zip(saes.items(), losses):
-        metrics = to_json_values(bt.evaluate(sae, [x]))
+        metrics = to_json_values(bt.evaluate(sae, [x]), densities)
         for selection in ("batch", "theta"):
             metrics[selection] |= to_json_values(spliced[selection])
         theta = float(sae.processes.gather(sae.get_theta().detach()).mean())
@@ -773,16 +788,18 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None):
     seconds = round(time.perf_counter() - started, 2)
     return [{**result, "seconds": seconds} for result in results]
 
-def to_json_values(metrics):
-    """Metrics without tensors (the densities of single latents), and None for what is no finite number."""
+def to_json_values(metrics, densities=False):
+    """Metrics, without the densities of single latents if so asked, and None for what is no finite number."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
-            found[name] = to_json_values(value)
+            found[name] = to_json_values(value, densities)
         elif isinstance(value, float) and not math.isfinite(value):
             found[name] = None
         elif not isinstance(value, torch.Tensor):
             found[name] = value
+        elif densities:
+            found[name] = value.tolist()
     return found
 
 # ---- latents ----

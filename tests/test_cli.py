@@ -87,6 +87,19 @@ def test_eval_repeats_what_train_measured_and_needs_no_network(run):
         found, expected = (result[selection] for result in (json.loads(stdout), run[1]))
         assert [found[m] for m in METRICS] == pytest.approx([expected[m] for m in METRICS], rel=1e-4)
 
+def test_another_text_is_held_out_as_a_whole_and_the_runs_own_is_never_that_of_training(run, tmp_path):
+    texts, command = [f"{i} is a number, {i * i} its square" * 3 for i in range(40)], ["--device", "cpu"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"words": text}) + "\n" for text in texts))
+    own, same, other = (json.loads(invoke("eval", run[0], *command, *more, "--json").stdout) for more in (
+        [], ["--dataset", SMALL["dataset"]], ["--dataset", tmp_path / "a.jsonl", "--text-column", "words"]))
+    assert [own[form] == same[form] for form in ("batch", "theta")] == [True, True]
+    tokenizer = bt.LanguageModel("tiny-gpt2", device="cpu").tokenizer
+    n = sum(len(tokenizer.encode(text)) for text in texts)
+    assert n - 2 * 128 < other["eval_tokens"] + other["left_out"] * n <= n, "but for the rests of two halves"
+    density = other["theta"]["feature_density"]
+    assert len(density) == 256 and sum(density) == pytest.approx(other["theta"]["l0"], rel=1e-5)
+    assert "feature_density" not in (run[0] / "evaluation.json").read_text()
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_export_writes_what_the_sae_computes(run, tmp_path):
     path = tmp_path / "encoder.pt"
