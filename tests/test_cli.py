@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from importlib.metadata import version
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def test_eval_repeats_what_train_measured_and_needs_no_network(run):
         assert [found[m] for m in METRICS] == pytest.approx([expected[m] for m in METRICS], rel=1e-4)
 
 def test_another_text_is_held_out_as_a_whole_and_the_runs_own_is_never_that_of_training(run, tmp_path):
-    texts, command = [f"{i} is a number, {i * i} its square" * 3 for i in range(40)], ["--device", "cpu"]
+    texts, command = [f"{i} is a number, {i * i} its square" * 3 for i in range(40)], [
+        "--device", "cpu", "--ce-contexts", 1]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"words": text}) + "\n" for text in texts))
     own, same, other = (json.loads(invoke("eval", run[0], *command, *more, "--json").stdout) for more in (
         [], ["--dataset", SMALL["dataset"]], ["--dataset", tmp_path / "a.jsonl", "--text-column", "words"]))
@@ -141,7 +143,8 @@ def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run,
     monkeypatch.setattr(bt, "library_texts", lambda: [(True, Path(cli.__file__).read_text()[:9000])])
     sae.save(mine)
     before = files_of(mine)
-    for command in (["eval", mine], ["latents", mine, "--model", "tiny-gpt2", "--layer", 1]):
+    for command in (["eval", mine, "--dataset", SMALL["dataset"]],
+                    ["latents", mine, "--model", "tiny-gpt2", "--layer", 1]):
         refused = invoke(*command, "--device", "cpu")
         said = "error: .*mine' was saved from Python.* give --model, --layer and --site\n"
         assert refused.exit_code == 2 and re.fullmatch(said, refused.stderr), refused.output
@@ -531,6 +534,10 @@ def test_latents_shows_chosen_ones_and_writes_a_page_that_needs_nothing_else(run
     assert densities[-1] * printed["tokens"] >= 3
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "default-src 'none'" in page
+    assert sum(printed[name] for name in ("rarely_fired", "never_fired")) < 251
+    everything = json.loads(invoke(*command, "--count", 256, "--top", 99, "--json").stdout)
+    assert everything["rarely_fired"] == 0, "all that fired are shown, since fewer fired on 99 tokens"
+    assert len(everything["latents"]) + everything["never_fired"] == 256
     text = invoke(*command, 7, 3).stdout
     assert text.index("latent 7 ") < text.index("latent 3 ")
     contexts = re.findall(r"^ +[\d.e+]+  .*", text, re.M)
@@ -552,15 +559,18 @@ def test_no_output_replaces_a_file_of_a_run_or_what_is_no_file(run, tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 EVIL = '</script><script>alert("x")</script>&\x1b[31m\n'
-CONTEXT = {"tokens": [EVIL, "[red]", "weak"], "activations": [4.0, 0.0, 0.5], "peak": 0, "value": 4.0}
+CONTEXT = {"tokens": [EVIL, "[red]", "weak"], "activations": [4.0, 0.0, 0.5], "start": 0, "peak": 0,
+           "value": 4.0}
 LATENT = {"latent": 1, "density": 0.5, "max": 4.0, "mean": 1.0, "promotes": [[EVIL, 1.0]], "suppresses": [],
-          "lower": [], "neighbours": [], "top": [CONTEXT]}
+          "fires_on": [[EVIL, 0.98765]], "lower": [], "neighbours": [], "top": [CONTEXT]}
 
 def test_token_text_cannot_become_markup_or_leave_its_line():
-    page = cli.latents_page("<b>about</b>", [LATENT])
+    tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(CONTEXT["tokens"][i] for i in ids))
+    page = cli.latents_page("<b>about</b>", [LATENT], torch.tensor([[0, 1, 2, 1]]), tokenizer)
     assert page.count("</script>") == 2 and not any(bad in page for bad in ("\x1b", "<b>", "innerHTML"))
     data = json.loads(re.search('id="data">(.*)</script>', page)[1])
-    assert data == {"about": "<b>about</b>", "latents": [LATENT]}
+    assert data == {"about": "<b>about</b>", "tokens": CONTEXT["tokens"], "text": [0, 1, 2, 1],
+                    "latents": [LATENT | {"fires_on": [[EVIL, 0.988]], "top": [[0, 3, 0, 0, 4.0, 2, 0.5]]}]}
     with cli.out.capture() as captured:
         cli.show_latent(LATENT)
     assert "\x1b" not in captured.get() and f"«{cli.short(EVIL)}»[red]" in captured.get()
@@ -607,11 +617,16 @@ def test_what_is_said_of_a_latent_is_so(run):
         assert [latent[name] for name in ("density", "max", "mean")] == pytest.approx(expected, rel=1e-5)
         assert [e["value"] for e in latent["top"]] == pytest.approx(best[best > 0][:4].tolist(), rel=1e-5)
         for e in latent["top"] + latent["lower"]:
-            places = ((c, t) for c in range(12) for t in range(128) if text[c][t : t + 24] == e["tokens"])
-            shown = pytest.approx(e["activations"], abs=2e-4)
-            assert any(mine[c, t : t + 24].tolist() == shown for c, t in places)
+            c, t = divmod(e["start"], 128)
+            assert text[c][t : t + 24] == e["tokens"]
+            assert mine[c, t : t + 24].tolist() == pytest.approx(e["activations"], abs=2e-4)
             assert e["activations"][e["peak"]] == pytest.approx(e["value"], abs=1e-4)
         assert all(0 < e["value"] <= latent["top"][-1]["value"] + 1e-6 for e in latent["lower"])
+        word = latent["fires_on"][0][0]
+        on = torch.tensor([[cli.as_word(token) == word for token in context] for context in text])
+        assert latent["fires_on"][0][1] == pytest.approx(float(mine[on].sum() / mine.sum()), abs=1e-4)
+        assert [share for _, share in latent["fires_on"]] == sorted(
+            (share for _, share in latent["fires_on"]), reverse=True) and latent["fires_on"][-1][1] >= 0.01
         row = sae.W_dec[latent["latent"]].detach()
         cosines = torch.cosine_similarity(sae.W_dec.detach(), row[None]).sort().values
         assert latent["neighbours"][0][1] == pytest.approx(float(cosines[-2]), abs=1e-4)
@@ -620,3 +635,38 @@ def test_what_is_said_of_a_latent_is_so(run):
         effect -= effect.mean()
         for name, i in (("promotes", int(effect.argmax())), ("suppresses", int(effect.argmin()))):
             assert latent[name][0] == [lm.tokenizer.decode([i]), pytest.approx(float(effect[i]), abs=1e-4)]
+
+def test_words_match_whole_whatever_stands_around_them():
+    assert {cli.as_word(token) for token in (" June", "june", "JUNE,", '"June')} == {"june"}
+    assert [cli.as_word(token) for token in ("junes", ' "', "\n\n", " ->")] == ["junes", '"', "\n\n", "->"]
+
+SHARES = [{"june": 0.4, "may": 0.1}, {"may": 0.6}, {"junes": 1.0}, {"june": 0.9, "8": 0.02}, {"2": 0.5}]
+
+@pytest.mark.parametrize("phrase, found", [
+    ("June", {3: 0.9, 0: 0.4}), (" june  may", {3: 0.9, 1: 0.6, 0: 0.5}), ("jun", {}), ("8", {3: 0.02}),
+    ("2", {2: 0.0, 4: 0.5})])
+def test_a_concept_finds_latents_by_share_and_a_number_first_that_latent_also_on_the_page(phrase, found):
+    """Bug here once: the page found words that contained a text, in the order of density."""
+    assert cli.find_latents(SHARES, phrase) == pytest.approx(found)
+    assert list(cli.find_latents(SHARES, phrase)) == list(found)
+    if not shutil.which("node"):
+        pytest.skip("the page's own search needs node")
+    page = (ROOT / "tests/assets/latents.html").read_text()
+    parts = [re.search(pattern, page, re.M | re.S)[0] for pattern in (
+        "^const numbers.*?;$", "^const asWord.*?;$", "^function matching.*?^}$")]
+    latents = [{"latent": j, "fires_on": list(own.items())} for j, own in enumerate(SHARES)]
+    script = [f"const latents = {json.dumps(latents)};", *parts,
+              f"console.log(JSON.stringify(matching({json.dumps(phrase.strip())}).map(each => each.latent)))"]
+    ranked = subprocess.run(["node", "-e", "\n".join(script)], stdout=subprocess.PIPE).stdout
+    assert json.loads(ranked) == list(found)
+
+def test_latents_are_found_by_words_from_the_command_line(run):
+    command = ["latents", run[0], "--device", "cpu", "--find"]
+    found = json.loads(invoke(*command, "self", "--count", 3, "--json").stdout)["latents"]
+    shares = [latent["share"] for latent in found]
+    assert shares == sorted(shares, reverse=True) and shares[-1] > 0.01 and len(shares) == 3
+    assert all(["self", latent["share"]] in latent["fires_on"] for latent in found)
+    said = invoke(*command, "self", "--count", 1).stdout
+    assert f"{shares[0]:.0%} of its activation on 'self'" in said and f"self {shares[0]:.0%}" in said
+    assert invoke(*command, "mport").stdout.startswith("0 of 256 latents")
+    assert invoke(*command, "a", 3).exit_code == 2
