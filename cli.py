@@ -812,6 +812,8 @@ def latents(
     numbers: Annotated[list[int] | None, Argument(
         metavar="latent", help="Their numbers; by default a choice from dense to rare.")] = None,
     find: Annotated[str | None, Option(metavar="", help="Choose those most active on these words.")] = None,
+    text: Annotated[str | None, Option(
+        metavar="", help="A text (or file, or - for stdin): show what is active on its tokens.")] = None,
     top: Annotated[int, Option(metavar="", help="How many contexts to show of each.", min=1)] = 10,
     count: Annotated[int, Option(metavar="", help="How many latents to choose.", min=1)] = 12,
     html: Annotated[Path | None, Option(metavar="", help="Write a self-contained page with search.")] = None,
@@ -826,11 +828,14 @@ def latents(
     """Show what single latents respond to and what they write, on held-out text."""
     if html:
         bt.check_replaceable(html, overwrite=True)
-    if numbers is not None and find is not None:
-        raise bt.InputError("give latents or --find")
+    if sum(given is not None for given in (numbers, find, text)) > 1 or (html and text is not None):
+        raise bt.InputError("give latents, --find or --text; --html goes with the first two")
     with err.status("loading the model and text"):
         sae, lm = load(run, device, dataset, model=model, layer=layer, site=site)
         contexts = text_to_read(sae.config, lm, dataset, text_column)
+    if text is not None:
+        found = {"run": str(run), **describe_text(sae, lm, contexts, read_text(text))}
+        return print(json.dumps(found)) if as_json else show_text(found)
     found = describe_latents(sae, lm, contexts, numbers, count, top, find)
     about = ("{} of {:,} latents of {} on {tokens:,} held-out tokens; of the others {never_fired:,} never "
              "fired there, {rarely_fired:,} on fewer than {} tokens.".format(
@@ -957,6 +962,44 @@ def example_places(places, T, top):
     lower = dict.fromkeys(place for quarter in (1, 2, 3) for place in rest[quarter * len(rest) // 4 :][:2])
     return list(most.values()), list(lower)
 
+def read_text(text):
+    """What --text says: a text, the path of a file or - for stdin."""
+    if text != "-" and not os.path.isfile(text):
+        return text
+    with contextlib.nullcontext(sys.stdin) if text == "-" else bt.open_text(text) as file:
+        return file.read()
+
+@torch.no_grad()
+def describe_text(sae, lm, contexts, text):
+    """What is active on each token of a text, read in contexts of its own as in training; JSON-ready.
+
+    Densities of latents, and the words that they mostly fire on, are those on `contexts` [n, T] of token ids.
+    """
+    n_tokens, active, shares = read_activity(sae, lm, contexts)
+    begin = bt.begin_token(lm.tokenizer) if sae.config.prepend_bos else []
+    [ids], size, tokens = bt.tokenise(lm.tokenizer, iter([text])), sae.config.context - len(begin), []
+    if not ids:
+        raise bt.InputError("the text is empty")
+
+    def latent(value, j):
+        word, share = next(iter(shares[j].items()), ("", 0.0))
+        return {"latent": j, "value": value, "density": len(active[j]) / n_tokens,
+                "word": word, "share": round(share, 4)}
+
+    for part in torch.tensor(ids).split(size):
+        part = torch.cat([torch.tensor(begin, dtype=torch.int64), part])
+        [read], *entries = read_entries(sae, lm, part[None])
+        active_on = [[] for _ in part]
+        for j, place, value in zip(*map(torch.Tensor.tolist, entries)):
+            active_on[place].append((value, j))
+        for token, is_read, entries in zip(part.tolist(), read.tolist(), active_on):
+            entries.sort(reverse=True)
+            rarest = sorted(entries, key=lambda entry: len(active[entry[1]]))[:1]
+            shown = dict.fromkeys([*entries[:5], *rarest])
+            tokens.append({"token": token_text(lm.tokenizer, token), "read": is_read, "active": len(entries),
+                           "latents": [latent(*entry) | {"rarest": entry in rarest} for entry in shown]})
+    return {"tokens": n_tokens, "text": tokens}
+
 def logit_effects(sae, lm, latents):
     """Of each latent: the tokens whose logits its direction raises and lowers most by itself.
 
@@ -1034,6 +1077,20 @@ def show_latent(latent, phrase=None):
         lines += [Text(title, style="dim")] if contexts else []
         lines += [context_line(context, latent["max"]) for context in contexts]
     out.print(Text("\n").join(lines), no_wrap=True, overflow="ellipsis")
+
+def show_text(found):
+    """A line for each token of a text: how many latents are active, the rarest and the strongest of them."""
+    tell("How many latents of {run} are active on each token; the rarest (*), then the strongest, each with its "
+         "activation and the word it mostly fires on, in {tokens:,} held-out tokens.\n".format(**found))
+    for token in found["text"]:
+        line = Text(short(token["token"]))
+        line.truncate(14, overflow="ellipsis")
+        line.align("right", 14)
+        line.append(f"{token['active']:>5}  " if token["read"] else "       not read", style="dim")
+        for latent in sorted(token["latents"], key=lambda latent: not latent["rarest"]):
+            line.append(f"{'*' * latent['rarest']}{latent['latent']}", style="bold")
+            line.append(f" {latent['value']:.3g} ").append(f"{short(latent['word'])}  ", style="cyan")
+        out.print(line, no_wrap=True, overflow="ellipsis")
 
 def context_line(context, strongest):
     """A context, begun late enough that its peak, between « », fits the terminal."""

@@ -669,4 +669,37 @@ def test_latents_are_found_by_words_from_the_command_line(run):
     said = invoke(*command, "self", "--count", 1).stdout
     assert f"{shares[0]:.0%} of its activation on 'self'" in said and f"self {shares[0]:.0%}" in said
     assert invoke(*command, "mport").stdout.startswith("0 of 256 latents")
-    assert invoke(*command, "a", 3).exit_code == 2
+    assert invoke(*command, "self", "--text", "a").exit_code == invoke(*command, "a", 3).exit_code == 2
+
+def test_a_text_is_shown_token_by_token_as_the_dense_encoder_sees_it(run, tmp_path):
+    sae, lm = cli.load(run[0], "cpu")
+    text = "def june(self):\n    return" + " path" * 130  # more than a context
+    command = ["latents", run[0], "--device", "cpu", "--text"]
+    found = json.loads(invoke(*command, text, "--json").stdout)
+    ids = lm.tokenizer.encode(text, add_special_tokens=False)
+    begin, rows = lm.tokenizer.bos_token_id, found["text"]
+    parts = [torch.tensor([[begin, *part]]) for part in (ids[:127], ids[127:])]
+    f = torch.cat([sae.encode(lm.activations(part)[0]).detach() for part in parts])
+    assert [row["token"] for row in rows] == [lm.tokenizer.decode([i]) for part in parts for i in part[0]]
+    unread = [i for i, row in enumerate(rows) if not row["read"]]
+    assert unread == [0, 128] and not any(rows[i]["latents"] for i in unread), "the begin tokens"
+    everything = {latent["latent"]: latent for latent in cli.describe_latents(
+        sae, lm, cli.text_to_read(sae.config, lm), range(256))["latents"]}
+    for row, own in list(zip(rows, f))[1:128]:
+        strongest, active = own.topk(5), own.nonzero()[:, 0].tolist()
+        assert row["active"] == len(active)
+        shown = [latent["latent"] for latent in row["latents"][:5]]
+        assert shown == strongest.indices.tolist()[: len(active)]
+        [rarest] = [latent for latent in row["latents"] if latent["rarest"]]
+        assert rarest["density"] == min(everything[j]["density"] for j in active)
+        for latent in row["latents"]:
+            whole = everything[latent["latent"]]
+            assert latent["value"] == pytest.approx(float(own[latent["latent"]]), rel=1e-4)
+            assert [latent["word"], latent["share"]] == (whole["fires_on"] or [["", 0]])[0]
+    (tmp_path / "a.txt").write_text(text)
+    shown = invoke(*command, tmp_path / "a.txt").stdout
+    assert shown == invoke(*command, "-", input=text).stdout
+    lines = shown.splitlines()[2:]
+    assert len(lines) == len(rows) and all(len(line) <= 80 for line in lines) and "not read" in lines[0]
+    assert all(line.split()[1].isdecimal() and "*" in line for line in lines[1:3])
+    assert "the text is empty" in invoke(*command, "").stderr
