@@ -840,6 +840,8 @@ def latents(
     about = ("{} of {:,} latents of {} on {tokens:,} held-out tokens; of the others {never_fired:,} never "
              "fired there, {rarely_fired:,} on fewer than {} tokens.".format(
                  len(found["latents"]), len(sae.b_enc), run, top, **found))
+    if find is not None and not found["latents"]:
+        about += f" None has {LEAST_SHARE:.0%} of its activation on tokens that are, as whole words, {find!r}."
     if html:
         bt.write_atomically(html, latents_page(about, found["latents"], contexts, lm.tokenizer).encode())
     if as_json:

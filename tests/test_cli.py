@@ -636,6 +636,22 @@ def test_what_is_said_of_a_latent_is_so(run):
         for name, i in (("promotes", int(effect.argmax())), ("suppresses", int(effect.argmin()))):
             assert latent[name][0] == [lm.tokenizer.decode([i]), pytest.approx(float(effect[i]), abs=1e-4)]
 
+def test_all_latents_take_as_many_operations_as_a_few(run):
+    """Bug here once: each made a tensor of all contexts, so that 4,096 latents took six minutes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    (sae, lm), counts = cli.load(run[0], "cpu"), []
+    contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1][:4]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[-1] += 1
+            return function(*args, **(kwargs or {}))
+    for n in (2, 200):
+        counts.append(0)
+        with Count():
+            assert len(cli.describe_latents(sae, lm, contexts, list(range(n)))["latents"]) == n
+    assert counts[0] == counts[1] > 0
+
 def test_words_match_whole_whatever_stands_around_them():
     assert {cli.as_word(token) for token in (" June", "june", "JUNE,", '"June')} == {"june"}
     assert [cli.as_word(token) for token in ("junes", ' "', "\n\n", " ->")] == ["junes", '"', "\n\n", "->"]
@@ -668,7 +684,8 @@ def test_latents_are_found_by_words_from_the_command_line(run):
     assert all(["self", latent["share"]] in latent["fires_on"] for latent in found)
     said = invoke(*command, "self", "--count", 1).stdout
     assert f"{shares[0]:.0%} of its activation on 'self'" in said and f"self {shares[0]:.0%}" in said
-    assert invoke(*command, "mport").stdout.startswith("0 of 256 latents")
+    nothing = invoke(*command, "elf").stdout
+    assert nothing.startswith("0 of 256 latents") and "None has 1% of its activation" in nothing
     assert invoke(*command, "self", "--text", "a").exit_code == invoke(*command, "a", 3).exit_code == 2
 
 def test_a_text_is_shown_token_by_token_as_the_dense_encoder_sees_it(run, tmp_path):
