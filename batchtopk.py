@@ -2041,9 +2041,10 @@ def find_part(lm, layer, site):
     return best
 
 def texts_of(cfg, split):
-    """The texts of cfg.dataset for "train" or "held-out", once through, without blank ones."""
+    """The texts of cfg.dataset for "train", "held-out" or "all", once through, without blank ones."""
     texts = library_texts() if cfg.dataset == "stdlib" else dataset_texts(cfg)
-    return (text for held_out, text in texts if held_out == (split == "held-out") and text.strip())
+    wanted = {"train": (False,), "held-out": (True,), "all": (False, True)}[split]
+    return (text for held_out, text in texts if held_out in wanted and text.strip())
 
 def library_texts():
     """(held out?, text) of Python's own files, in an arbitrary order that is the same on every machine."""
@@ -2280,7 +2281,7 @@ def activation_batches(cfg, lm, at=Position(), on_read=None):
 HELD_OUT_SHARE = 0.02  # of the held-out tokens come from one document, if there are enough documents
 READ_AHEAD = 1_000_000  # more tokens than are used are read at most, to find enough documents
 
-def held_out_contexts(cfg, tokenizer):
+def held_out_contexts(cfg, tokenizer, split="held-out"):
     """Token ids [n, T] of held-out text to calibrate θ on, and as many of other documents to evaluate on.
 
     No document gives more than its share, a passage from a random place in it: one long document would
@@ -2289,7 +2290,7 @@ def held_out_contexts(cfg, tokenizer):
     n = math.ceil(cfg.eval_tokens / (cfg.context - 1))
     wanted, most = n * (cfg.context - 1), max(cfg.context - 1, int(HELD_OUT_SHARE * cfg.eval_tokens))
     found, enough, read = [], [0, 0], 0
-    for i, document in enumerate(tokenise(tokenizer, texts_of(cfg, "held-out"))):
+    for i, document in enumerate(tokenise(tokenizer, texts_of(cfg, split))):
         found.append(document)
         enough[i % 2] += min(len(document), most)
         read += len(document)

@@ -9,6 +9,7 @@ Results go to stdout, progress to stderr. A mistake ends in one line and exit co
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import fields, replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -35,11 +37,12 @@ from typing import Annotated, Literal, get_type_hints
 if hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 4:  # of the last minute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it as it is imported
 import torch
+import torch.nn.functional as functional
 import typer
 from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, track
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
@@ -85,6 +88,8 @@ def instead(name):
     return Annotated[kind | None, Option(metavar="", help=help)]
 
 Json = Annotated[bool, Option("--json", metavar="", help="Print one JSON object.")]
+Dataset = Annotated[str | None, Option(metavar="", help=sentence(
+    f"other text, all of it held out: {WORDS['dataset']}; by default the run's held-out text"))]
 Device = Annotated[str, Option(metavar="", help=sentence(WORDS["device"]))]
 Preset = choice(bt.PRESETS, "what to train on; it sets what is marked tiny")
 RECIPE = "how to train; it sets what is marked ours"
@@ -383,6 +388,8 @@ def evaluate(
     run: Run,
     ce_contexts: Annotated[int | None, Option(
         metavar="", help=f"{sentence(WORDS['ce_contexts'])} By default the run's.", min=1)] = None,
+    dataset: Dataset = None,
+    text_column: instead("text_column") = None,
     model: instead("model") = None,
     layer: instead("layer") = None,
     site: instead("site") = None,
@@ -392,12 +399,14 @@ def evaluate(
     """Evaluate a run on held-out text: batch selection and θ side by side."""
     bar = Bar()
     with bar.progress:
-        sae, lm = load(run, device, model=model, layer=layer, site=site)
+        sae, lm = load(run, device, dataset, model=model, layer=layer, site=site)
         sae.config = replace(sae.config, ce_contexts=ce_contexts or sae.config.ce_contexts)
-        [result] = evaluate_runs({run: sae}, lm, None, bar.cross_entropy, bar.read)
+        ids = text_to_read(sae.config, lm, dataset, text_column)
+        held_out = ids, bt.shuffled_activations(sae.config, lm, ids, bar.read)
+        [result] = evaluate_runs({run: sae}, lm, held_out, bar.cross_entropy, densities=as_json)
     show_metrics(result, as_json)
 
-def load(run, device, **site):
+def load(run, device, dataset=None, **site):
     """The SAE of a run and the language model it reads, on a device.
 
     site: model, layer and site, which replace the run's if they are given. Other SAEs may have none.
@@ -409,7 +418,7 @@ def load(run, device, **site):
     if not (named or len(site) == 3):
         raise bt.InputError(f"{str(run)!r} was saved from Python or by SAELens and does not name a model "
                             "and a site that are known here; give --model, --layer and --site")
-    if not (named and (run / "sae.safetensors").is_file()):
+    if not (dataset or named and (run / "sae.safetensors").is_file()):
         tell(f"{run} was saved from Python or by SAELens; the text is {bt.RunConfig.dataset}", err)
     if "layer" in site or "site" in site:
         site["module"] = ""  # which would be read in their place
@@ -419,6 +428,14 @@ def load(run, device, **site):
         raise bt.InputError(f"{str(run)!r} reads activations of width {sae.config.d_model}; those of "
                             f"{sae.config.model!r} have {lm.d_model} at this site")
     return sae, lm
+
+def text_to_read(cfg, lm, dataset=None, text_column=None):
+    """Token ids [n, T] of the run's held-out text, or of all of another data set: about eval_tokens."""
+    cfg = replace(cfg, text_column=text_column or cfg.text_column)
+    if dataset is None or Path(dataset).resolve() == Path(cfg.dataset).resolve():
+        return bt.held_out_contexts(cfg, lm.tokenizer)[1]
+    cfg, n = replace(cfg, dataset=dataset, dataset_config=""), math.ceil(cfg.eval_tokens / (cfg.context - 1))
+    return torch.cat(bt.held_out_contexts(cfg, lm.tokenizer, "all"))[:n]
 
 MEANINGS = {
     "fvu": "fraction of variance unexplained", "nmse": "the same with each token standardised (the paper's)",
@@ -504,8 +521,9 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
     evaluation.json in folder/name; the name "" means `folder` itself. Until all is done state-*.safetensors
     hold what resume=True continues from, on a CPU bit for bit.
     Args: configs, {name: RunConfig}, which may differ in the fields of OWN; on_step, called after each of the
-        largest batches with the tokens seen and a list of each SAE's StepStats; on_context, on_read, see
-        evaluate_runs. If on_step, or on_read as a buffer is filled, returns True, the run is saved and ends.
+        largest batches with the tokens seen and a list of each SAE's StepStats; on_context, see
+        evaluate_runs; on_read, the same for tokens as the model reads them. If on_step, or on_read as a buffer
+        is filled, returns True, the run is saved and ends.
     Returns: None if it was ended so, else evaluate_runs' results, and of each "step_seconds", "dead" (share
         of latents at the end), "rare" (see is_rare) and, if others differ in their seed alone, "agreement".
     Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
@@ -802,23 +820,23 @@ def check_room(configs, folder):
         wanted, there = math.ceil(2 * state / 1e6) / 1000, free // 10**6 / 1000  # never the same number
         raise bt.InputError(f"the run wants {wanted:,} GB of disk; there are {there:,}")
 
-def evaluate_runs(saes, lm, held_out=None, on_context=None, on_read=None):
+def evaluate_runs(saes, lm, held_out=None, on_context=None, densities=False):
     """JSON-ready: evaluate {folder: SAE}, all of one model and text, on its held-out text.
 
-    Args: held_out, token ids [n, T] and their activations [m, D], if they are at hand; on_context, called as
-        cross-entropy is measured with the number of contexts that are done and are to be done; on_read, the
-        same for tokens as the model reads them.
+    Args: held_out, token ids [n, T] and their activations [m, D], if they are at hand; on_context, called as cross-entropy is
+        measured with the number of contexts that are done and are to be done; densities, whether to keep
+        "feature_density", a number for each latent.
     """
     cfg, started = next(iter(saes.values())).config, time.perf_counter()
     if held_out is None:
         ids = bt.held_out_contexts(cfg, lm.tokenizer)[1]
-        held_out = ids, bt.shuffled_activations(cfg, lm, ids, on_read)
+        held_out = ids, bt.shuffled_activations(cfg, lm, ids)
     ids, x = held_out
     few = ids[:: math.ceil(len(ids) / cfg.ce_contexts)]
     losses = bt.splice_losses(list(saes.values()), lm, few, x.double().mean(0).float(), on_context)
     left_out, results = 1 - len(x) / int(lm.is_kept(ids).sum()), []
     for (folder, sae), spliced in zip(saes.items(), losses):
-        metrics = to_json_values(bt.evaluate(sae, [x]))
+        metrics = to_json_values(bt.evaluate(sae, [x]), densities)
         for selection in ("batch", "theta"):
             metrics[selection] |= to_json_values(spliced[selection])
         theta = float(sae.processes.gather(sae.get_theta().detach()).mean())
@@ -828,16 +846,18 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None, on_read=None):
     seconds = round(time.perf_counter() - started, 2)
     return [{**result, "seconds": seconds} for result in results]
 
-def to_json_values(metrics):
-    """Metrics without tensors (the densities of single latents), and None for what is no finite number."""
+def to_json_values(metrics, densities=False):
+    """Metrics, without the densities of single latents if so asked, and None for what is no finite number."""
     found = {}
     for name, value in metrics.items():
         if isinstance(value, dict):
-            found[name] = to_json_values(value)
+            found[name] = to_json_values(value, densities)
         elif isinstance(value, float) and not math.isfinite(value):
             found[name] = None
         elif not isinstance(value, torch.Tensor):
             found[name] = value
+        elif densities:
+            found[name] = value.tolist()
     return found
 
 # ---- latents ----
@@ -847,9 +867,14 @@ def latents(
     run: Run,
     numbers: Annotated[list[int] | None, Argument(
         metavar="latent", help="Their numbers; by default a choice from dense to rare.")] = None,
+    find: Annotated[str | None, Option(metavar="", help="Choose those most active on these words.")] = None,
+    text: Annotated[str | None, Option(
+        metavar="", help="A text (or file, or - for stdin): show what is active on its tokens.")] = None,
     top: Annotated[int, Option(metavar="", help="How many contexts to show of each.", min=1)] = 10,
     count: Annotated[int, Option(metavar="", help="How many latents to choose.", min=1)] = 12,
     html: Annotated[Path | None, Option(metavar="", help="Write a self-contained page with search.")] = None,
+    dataset: Dataset = None,
+    text_column: instead("text_column") = None,
     model: instead("model") = None,
     layer: instead("layer") = None,
     site: instead("site") = None,
@@ -859,78 +884,232 @@ def latents(
     """Show what single latents respond to and what they write, on held-out text."""
     if html:
         bt.check_replaceable(html, overwrite=True)
-    with err.status("reading held-out text"):
-        sae, lm = load(run, device, model=model, layer=layer, site=site)
-        contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1]
-        found = describe_latents(sae, lm, contexts, numbers, count, top)
-    described, n_tokens = found["latents"], found["tokens"]
-    about = f"{len(described)} of {len(sae.b_enc)} latents of {run} on {n_tokens:,} held-out tokens."
+    if sum(given is not None for given in (numbers, find, text)) > 1 or (html and text is not None):
+        raise bt.InputError("give latents, --find or --text; --html goes with the first two")
+    with err.status("loading the model and text"):
+        sae, lm = load(run, device, dataset, model=model, layer=layer, site=site)
+        contexts = text_to_read(sae.config, lm, dataset, text_column)
+    if text is not None:
+        found = {"run": str(run), **describe_text(sae, lm, contexts, read_text(text))}
+        return print(json.dumps(found)) if as_json else show_text(found)
+    found = describe_latents(sae, lm, contexts, numbers, count, top, find)
+    about = ("{} of {:,} latents of {} on {tokens:,} held-out tokens; of the others {never_fired:,} never "
+             "fired there, {rarely_fired:,} on fewer than {} tokens.".format(
+                 len(found["latents"]), len(sae.b_enc), run, top, **found))
+    if find is not None and not found["latents"]:
+        about += f" None has {LEAST_SHARE:.0%} of its activation on tokens that are, as whole words, {find!r}."
     if html:
-        bt.write_atomically(html, latents_page(about, described).encode())
+        bt.write_atomically(html, latents_page(about, found["latents"], contexts, lm.tokenizer).encode())
     if as_json:
         print(json.dumps({"run": str(run), **found}))
     elif html:
-        tell(f"Wrote {html} ({html.stat().st_size / 1e3:.0f} kB): {about}")
+        tell(f"Wrote {html} ({html.stat().st_size / 1e6:.1f} MB): {about}")
     else:
         tell(about)
-        for latent in described:
-            show_latent(latent)
+        for latent in found["latents"]:
+            show_latent(latent, find)
+
+def watched(items, words):
+    """The items, with a bar that says what is done with them."""
+    return track(items, words, console=err, transient=True, disable=not err.is_terminal)
+
+def read_entries(sae, lm, ids):
+    """Which tokens of ids [n, T] the SAE reads, bool [n, T], and its active entries there: latents, places in
+    the flattened ids, values."""
+    x, read = lm.kept_activations(ids)
+    (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device), "theta"))
+    return read.cpu(), latent, read.cpu().flatten().nonzero()[:, 0][row], value
+
+LEAST_SHARE = 0.01  # of a latent's activation that falls on a word, for the word to count
 
 @torch.no_grad()
-def describe_latents(sae, lm, contexts, latents=None, count=12, top=10):
+def read_activity(sae, lm, contexts):
+    """Where all latents are active on contexts [n, T] of token ids, in one pass.
+
+    Returns how many tokens are read; of each latent {place in the flattened contexts: activation} and {word:
+    share of all its activation that falls on it}, both from the largest down.
+    """
+    n_tokens, few, parts = 0, bt.pass_contexts(sae.config, lm), []
+    for i, ids in enumerate(watched(contexts.split(few), "reading held-out text")):
+        read, latent, place, value = read_entries(sae, lm, ids)
+        parts.append((latent, place + i * few * ids.shape[1], value))
+        n_tokens += int(read.sum())
+    latent, place, value = map(torch.cat, zip(*parts))
+    order = value.argsort(descending=True)
+    order = order[latent[order].argsort(stable=True)]
+    sizes = latent.bincount(minlength=len(sae.b_enc)).tolist()
+    places, values = (t[order].split(sizes) for t in (place, value))
+    active = [dict(zip(i.tolist(), v.tolist())) for i, v in zip(places, values)]
+    words = {i: as_word(token_text(lm.tokenizer, i)) for i in contexts.unique().tolist()}
+    words, shares = [words[i] for i in contexts.flatten().tolist()], []
+    for f in active:
+        sums, total = Counter(), sum(f.values())
+        for place, value in f.items():
+            sums[words[place]] += value
+        parts = ((word, part / total) for word, part in sums.most_common())
+        shares.append({word: share for word, share in parts if share >= LEAST_SHARE})
+    return n_tokens, active, shares
+
+def as_word(token):
+    """What a search compares: small letters, without blanks and punctuation around them if there are any."""
+    return re.sub(r"^[\W_]+|[\W_]+$", "", token.lower()) or token.strip() or token
+
+def find_latents(shares, phrase):
+    """{latent: share of its activation on the words of a phrase}, from the largest down, but first the latent
+    whose number it is."""
+    words = {as_word(word) for word in phrase.split()}
+    found = {j: sum(own.get(word, 0.0) for word in words) for j, own in enumerate(shares)}
+    ranked = sorted(found, key=lambda j: (str(j) != phrase.strip(), -found[j]))
+    return {j: found[j] for j in ranked if found[j] or str(j) == phrase.strip()}
+
+def describe_latents(sae, lm, contexts, latents=None, count=12, top=10, find=None):
     """What single latents respond to and what they write, on contexts [n, T] of token ids; JSON-ready.
 
-    Without `latents`, `count` of those that fired on `top` tokens or more, from the densest to the rarest.
-    "top" are contexts in which a latent is most active, "lower" others, around quartiles of its activations.
+    Without `latents`, the first `count` that find_latents finds, if asked to `find`, else from the densest to
+    the rarest `count` of those that fired on `top` tokens or more; of all that fired, if these are too few.
+    "top" are contexts in which a latent is most active, "lower" others, around quartiles of its activations;
+    "fires_on": words, and the shares of the latent's activation on them.
     """
     F, T = len(sae.b_enc), contexts.shape[1]
+    text = functools.cache(functools.partial(token_text, lm.tokenizer))
     if wrong := [j for j in latents or () if not 0 <= j < F]:
         raise bt.InputError(f"latent {wrong[0]} does not exist; give numbers from 0 to {F - 1}")
-    x, read = map(torch.cat, zip(*map(lm.kept_activations, contexts.split(bt.pass_contexts(sae.config, lm)))))
-    (row, latent), value = (t.cpu() for t in sae.encode_sparse(x.to(sae.W_dec.device), "theta"))
-    position = read.flatten().nonzero()[:, 0].cpu()[row]
-    fired = latent.bincount(minlength=F)
-    if latents is None:
-        ranked = fired.argsort(descending=True, stable=True)[: int((fired >= top).sum())]
+    n_tokens, active, shares = read_activity(sae, lm, contexts)
+    ids, fired = contexts.flatten().tolist(), [len(f) for f in active]
+    found = find_latents(shares, find) if find else {}
+    if latents is None and find:
+        latents = list(found)[:count]
+    elif latents is None:
+        least = top if sum(n >= top for n in fired) >= count else 1
+        ranked = sorted((j for j in range(F) if fired[j] >= least), key=lambda j: -fired[j])
         steps = torch.linspace(0, len(ranked) - 1, min(count, len(ranked)))
-        latents = ranked[steps.round().long()].tolist()
+        latents = [ranked[i] for i in steps.round().long().tolist()]
+    unit = functional.normalize(sae.W_dec.float(), dim=1)
 
-    def context(i):
-        n, t = divmod(i, T)
-        first = max(0, min(t - 15, T - 24))
-        ids, values = (both[n, first : first + 24].tolist() for both in (contexts, f))
-        return {"tokens": [token_text(lm.tokenizer, token) for token in ids], "peak": t - first,
-                "activations": [round(v, 4) for v in values], "value": float(f[n, t])}
+    def context(j, place):
+        t = place % T
+        begin = max(0, min(t - 15, T - 24))
+        start, places = place - t + begin, range(place - t + begin, place - t + min(begin + 24, T))
+        return {"tokens": [text(ids[i]) for i in places], "start": start, "peak": place - start,
+                "activations": [round(active[j].get(i, 0.0), 4) for i in places], "value": active[j][place]}
 
-    described = []
-    for j in latents:
-        f = torch.zeros(contexts.shape)  # of this latent on every token
-        f.view(-1)[position[latent == j]] = value[latent == j].float()
-        peaks, places = f.max(1)
-        most = peaks.argsort(descending=True)[: min(top, int((peaks > 0).sum()))]
-        rest = f.index_fill(0, most, 0).flatten()
-        ranked = rest.argsort(descending=True)[: int((rest > 0).sum())].tolist()
-        lower = dict.fromkeys(i for quarter in (1, 2, 3) for i in ranked[quarter * len(ranked) // 4 :][:2])
-        cosines = torch.cosine_similarity(sae.W_dec.float(), sae.W_dec[j].float()[None])
-        nearest = [i for i in cosines.argsort(descending=True).tolist() if i != j][:5]
+    described, effects_of = [], logit_effects(sae, lm, latents)
+    for j, effects, (nearest, _) in zip(watched(list(latents), "describing latents"), effects_of,
+                                        extremes(unit[latents], unit, 6)):
+        f = active[j]
+        most, lower = ([context(j, place) for place in places] for places in example_places(list(f), T, top))
         described.append({
-            "latent": j, "density": int(fired[j]) / len(x), "max": float(peaks.max()),
-            "mean": float(f.sum()) / max(1, int(fired[j])),
-            "top": [context(i) for i in (most * T + places[most]).tolist()],
-            "lower": [context(i) for i in lower], **logit_effects(sae, lm, j),
-            "neighbours": [[i, round(float(cosines[i]), 4)] for i in nearest]})
-    return {"tokens": len(x), "latents": described}
+            "latent": j, "density": fired[j] / n_tokens, "max": max(f.values(), default=0.0),
+            "mean": sum(f.values()) / max(1, fired[j]),
+            **({"share": round(found[j], 4)} if j in found else {}),
+            "fires_on": [[word, round(share, 4)] for word, share in shares[j].items()],
+            "top": most, "lower": lower, **effects,
+            "neighbours": [[i, round(cosine, 4)] for i, cosine in nearest if i != j][:5]})
+    others = [fired[j] for j in {*range(F)} - {*latents}]
+    return {"tokens": n_tokens, "rarely_fired": sum(0 < n < top for n in others),
+            "never_fired": others.count(0), "latents": described}
 
-def logit_effects(sae, lm, latent):
-    """The largest direct effects on logits, without the final norm."""
-    W_U = lm.model.get_output_embeddings().weight
-    if sae.config.module or W_U.shape[1] != sae.W_dec.shape[1]:
-        return {"promotes": [], "suppresses": []}
-    logits = (W_U.float() @ sae.W_dec[latent].to(lm.device).float()).cpu()
-    logits -= logits.mean()
-    order = logits.argsort()
-    return {name: [[token_text(lm.tokenizer, i), round(float(logits[i]), 4)] for i in tokens.tolist()]
-            for name, tokens in (("promotes", order.flip(0)[:8]), ("suppresses", order[:8]))}
+def example_places(places, T, top):
+    """Of a latent's places, from the strongest down: those that lead in the `top` first contexts, and around
+    quartiles of the rest two each."""
+    leads = {}
+    for place in places:
+        leads.setdefault(place // T, place)
+    most = dict(list(leads.items())[:top])
+    rest = [place for place in places if place // T not in most]
+    lower = dict.fromkeys(place for quarter in (1, 2, 3) for place in rest[quarter * len(rest) // 4 :][:2])
+    return list(most.values()), list(lower)
+
+def read_text(text):
+    """What --text says: a text, the path of a file or - for stdin."""
+    if text != "-" and not os.path.isfile(text):
+        return text
+    with contextlib.nullcontext(sys.stdin) if text == "-" else bt.open_text(text) as file:
+        return file.read()
+
+@torch.no_grad()
+def describe_text(sae, lm, contexts, text):
+    """What is active on each token of a text, read in contexts of its own as in training; JSON-ready.
+
+    Densities of latents, and the words that they mostly fire on, are those on `contexts` [n, T] of token ids.
+    """
+    n_tokens, active, shares = read_activity(sae, lm, contexts)
+    begin = bt.begin_token(lm.tokenizer) if sae.config.prepend_bos else []
+    [ids], size, tokens = bt.tokenise(lm.tokenizer, iter([text])), sae.config.context - len(begin), []
+    if not ids:
+        raise bt.InputError("the text is empty")
+
+    def latent(value, j):
+        word, share = next(iter(shares[j].items()), ("", 0.0))
+        return {"latent": j, "value": value, "density": len(active[j]) / n_tokens,
+                "word": word, "share": round(share, 4)}
+
+    for part in torch.tensor(ids).split(size):
+        part = torch.cat([torch.tensor(begin, dtype=torch.int64), part])
+        [read], *entries = read_entries(sae, lm, part[None])
+        active_on = [[] for _ in part]
+        for j, place, value in zip(*map(torch.Tensor.tolist, entries)):
+            active_on[place].append((value, j))
+        for token, is_read, entries in zip(part.tolist(), read.tolist(), active_on):
+            entries.sort(reverse=True)
+            rarest = sorted(entries, key=lambda entry: len(active[entry[1]]))[:1]
+            shown = dict.fromkeys([*entries[:5], *rarest])
+            tokens.append({"token": token_text(lm.tokenizer, token), "read": is_read, "active": len(entries),
+                           "latents": [latent(*entry) | {"rarest": entry in rarest} for entry in shown]})
+    return {"tokens": n_tokens, "text": tokens}
+
+def logit_effects(sae, lm, latents):
+    """Of each latent: the tokens whose logits its direction raises and lowers most by itself.
+
+    The final norm's weights are folded into the output embeddings, its division by a size is not. Nothing is
+    said where that norm is not found, or a module is read whose output need not be added to the stream.
+    """
+    W_U, said = lm.model.get_output_embeddings().weight.detach(), {"promotes": [], "suppresses": []}
+    folded = None if sae.config.module or W_U.shape[1] != sae.W_dec.shape[1] else final_norm(lm)
+    if folded is None:
+        yield from (said for _ in latents)
+        return
+    weights, takes_mean = folded
+    directions = sae.W_dec[latents].to(lm.device).float()
+    directions = (directions - takes_mean * directions.mean(1, keepdim=True)) * weights
+    means = (directions @ W_U.float().mean(0)).tolist()
+    for mean_effect, ends in zip(means, extremes(directions, W_U.float(), 8)):
+        yield {name: [[token_text(lm.tokenizer, i), round(effect - mean_effect, 4)] for i, effect in pairs]
+               for name, pairs in zip(said, ends)}
+
+@torch.no_grad()
+def final_norm(lm):
+    """The weights [D] of the model's final norm, and whether it takes the mean away; None if it has none.
+
+    Names and forms differ between families. So 64 tokens decide: on them the output embeddings' input is
+    weights · (h - mean) / size + bias, h being the last block's output, if there is such a norm.
+    """
+    n_tokens, norms = min(len(lm.tokenizer), lm.n_rows), (functional.rms_norm, functional.layer_norm)
+    ids, probe, read, fits = torch.linspace(1, n_tokens - 1, 64).long().view(4, 16), copy.copy(lm), [], []
+    with contextlib.suppress(AttributeError, bt.InputError):  # no such blocks
+        last = lm.model.config.get_text_config().num_hidden_layers - 1
+        block, head = bt.find_site(lm.model, last, "resid_post", "")[0], lm.model.get_output_embeddings()
+        for probe.module, probe.reads_input in ((block, False), (head, True)):
+            read.append(probe.activations(ids).flatten(0, 1).cpu().double())
+    if len(read) < 2 or torch.equal(*read):
+        return None
+    h, y = read
+    for takes_mean, norm in enumerate(norms):
+        unit, wanted = norm(h, h.shape[1:]), y - y.mean(0)
+        unit = unit - unit.mean(0)
+        weights = (unit * wanted).sum(0) / unit.square().sum(0)
+        fits.append((float((weights * unit - wanted).norm() / wanted.norm()), takes_mean, weights))
+    error, takes_mean, weights = min(fits)
+    return (weights.float().to(lm.device), takes_mean) if error < 0.01 else None  # bfloat16 errs by 0.003
+
+def extremes(a, b, n):
+    """For each row of a [m, D]: the n largest products with rows of b [k, D] and the n smallest, as pairs
+    of a row of b and the product."""
+    for part in a.split(max(1, COSINES // len(b))):
+        product = part @ b.T
+        ends = [product.topk(min(n, len(b)), largest=largest) for largest in (True, False)]
+        pairs = [zip(top.indices.tolist(), top.values.tolist()) for top in ends]
+        yield from ([list(zip(*row)) for row in rows] for rows in zip(*pairs))
 
 def token_text(tokenizer, token):
     """A token as it stands in text. Some decoders strip a blank from what comes first: so it comes twice."""
@@ -943,17 +1122,33 @@ def short(token):
     visible = "".join(marks.get(c, c if c.isprintable() else "·") for c in token)
     return re.sub(" {3,}", lambda run: f"␣×{len(run[0])}", visible)
 
-def show_latent(latent):
+def show_latent(latent, phrase=None):
     """One latent in the terminal."""
-    tell("\nlatent {latent}  density {density:.3%}, max {max:.3g}, mean {mean:.3g}".format(**latent))
-    pairs = {name: [f"{short(token)} {effect:+.2f}" for token, effect in latent[name]]
-             for name in ("promotes", "suppresses")}
+    tell("\nlatent {latent}  density {density:.3%}, max {max:.3g}, mean {mean:.3g}".format(**latent)
+         + (f", {latent['share']:.0%} of its activation on {phrase!r}" if phrase else ""))
+    pairs = {"fires on": [f"{short(word)} {share:.0%}" for word, share in latent["fires_on"][:8]]}
+    pairs |= {name: [f"{short(token)} {effect:+.2f}" for token, effect in latent[name]]
+              for name in ("promotes", "suppresses")}
     pairs["neighbours"] = [f"{j} ({cosine:.2f})" for j, cosine in latent["neighbours"]]
     lines = [Text(f"{name:<11}" + "  ".join(parts)) for name, parts in pairs.items() if parts]
     for title, contexts in (("most active", latent["top"]), ("less active", latent["lower"])):
         lines += [Text(title, style="dim")] if contexts else []
         lines += [context_line(context, latent["max"]) for context in contexts]
     out.print(Text("\n").join(lines), no_wrap=True, overflow="ellipsis")
+
+def show_text(found):
+    """A line for each token of a text: how many latents are active, the rarest and the strongest of them."""
+    tell("How many latents of {run} are active on each token; the rarest (*), then the strongest, each with its "
+         "activation and the word it mostly fires on, in {tokens:,} held-out tokens.\n".format(**found))
+    for token in found["text"]:
+        line = Text(short(token["token"]))
+        line.truncate(14, overflow="ellipsis")
+        line.align("right", 14)
+        line.append(f"{token['active']:>5}  " if token["read"] else "       not read", style="dim")
+        for latent in sorted(token["latents"], key=lambda latent: not latent["rarest"]):
+            line.append(f"{'*' * latent['rarest']}{latent['latent']}", style="bold")
+            line.append(f" {latent['value']:.3g} ").append(f"{short(latent['word'])}  ", style="cyan")
+        out.print(line, no_wrap=True, overflow="ellipsis")
 
 def context_line(context, strongest):
     """A context, begun late enough that its peak, between « », fits the terminal."""
@@ -966,11 +1161,26 @@ def context_line(context, strongest):
         line.append(word, style=styles[min(2, int(3 * activation / strongest))] if activation > 0 else "")
     return line
 
-def latents_page(about, described):
-    """One page that needs nothing else: a script in it shows the JSON beside it."""
-    data = json.dumps({"about": about, "latents": described}).replace("<", r"\u003c")
+def latents_page(about, described, contexts, tokenizer):
+    """One page that needs nothing else: a script in it shows the JSON beside it.
+
+    It holds the text once, as numbers of tokens, and of a context its start, length and peak, and where the
+    latent is active in it, and how much. Three digits of a number are enough to see.
+    """
+    ids, places = contexts.unique(return_inverse=True)
+
+    def packed(context):
+        active = [(i, a) for i, a in enumerate(context["activations"]) if a > 0]
+        return [context["start"], len(context["tokens"]), context["peak"], *itertools.chain(*active)]
+
+    described = [latent | {name: list(map(packed, latent[name])) for name in ("top", "lower")}
+                 for latent in described]
+    data = {"about": about, "tokens": [token_text(tokenizer, i) for i in ids.tolist()],
+            "text": places.flatten().tolist(), "latents": described}
+    data = json.loads(json.dumps(data), parse_float=lambda number: float(f"{float(number):.3g}"))
+    text = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
     page = (Path(__file__).parent / "tests/assets/latents.html").read_text(encoding="utf-8")
-    return page.replace("DATA", data)
+    return page.replace("DATA", text)
 
 # ---- compare ----
 

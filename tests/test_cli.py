@@ -93,6 +93,20 @@ def test_eval_repeats_what_train_measured_and_needs_no_network(run):
         found, expected = (result[selection] for result in (json.loads(stdout), run[1]))
         assert [found[m] for m in METRICS] == pytest.approx([expected[m] for m in METRICS], rel=1e-4)
 
+def test_another_text_is_held_out_as_a_whole_and_the_runs_own_is_never_that_of_training(run, tmp_path):
+    texts, command = [f"{i} is a number, {i * i} its square" * 3 for i in range(40)], [
+        "--device", "cpu", "--ce-contexts", 1]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"words": text}) + "\n" for text in texts))
+    own, same, other = (json.loads(invoke("eval", run[0], *command, *more, "--json").stdout) for more in (
+        [], ["--dataset", SMALL["dataset"]], ["--dataset", tmp_path / "a.jsonl", "--text-column", "words"]))
+    assert [own[form] == same[form] for form in ("batch", "theta")] == [True, True]
+    tokenizer = bt.LanguageModel("tiny-gpt2", device="cpu").tokenizer
+    n = sum(len(tokenizer.encode(text)) for text in texts)
+    assert n - 2 * 128 < other["eval_tokens"] + other["left_out"] * n <= n, "but for the rests of two halves"
+    density = other["theta"]["feature_density"]
+    assert len(density) == 256 and sum(density) == pytest.approx(other["theta"]["l0"], rel=1e-5)
+    assert "feature_density" not in (run[0] / "evaluation.json").read_text()
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_export_writes_what_the_sae_computes(run, tmp_path):
     path = tmp_path / "encoder.pt"
@@ -134,7 +148,8 @@ def test_an_sae_saved_from_python_is_measured_on_no_model_that_nobody_named(run,
     monkeypatch.setattr(bt, "library_texts", lambda: [(True, Path(cli.__file__).read_text()[:9000])])
     sae.save(mine)
     before = files_of(mine)
-    for command in (["eval", mine], ["latents", mine, "--model", "tiny-gpt2", "--layer", 1]):
+    for command in (["eval", mine, "--dataset", SMALL["dataset"]],
+                    ["latents", mine, "--model", "tiny-gpt2", "--layer", 1]):
         refused = invoke(*command, "--device", "cpu")
         said = "error: .*mine' was saved from Python.* give --model, --layer and --site\n"
         assert refused.exit_code == 2 and re.fullmatch(said, refused.stderr), refused.output
@@ -652,6 +667,10 @@ def test_latents_shows_chosen_ones_and_writes_a_page_that_needs_nothing_else(run
     assert densities[-1] * printed["tokens"] >= 3
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "default-src 'none'" in page
+    assert sum(printed[name] for name in ("rarely_fired", "never_fired")) < 251
+    everything = json.loads(invoke(*command, "--count", 256, "--top", 99, "--json").stdout)
+    assert everything["rarely_fired"] == 0, "all that fired are shown, since fewer fired on 99 tokens"
+    assert len(everything["latents"]) + everything["never_fired"] == 256
     text = invoke(*command, 7, 3).stdout
     assert text.index("latent 7 ") < text.index("latent 3 ")
     contexts = re.findall(r"^ +[\d.e+]+  .*", text, re.M)
@@ -673,15 +692,18 @@ def test_no_output_replaces_a_file_of_a_run_or_what_is_no_file(run, tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 EVIL = '</script><script>alert("x")</script>&\x1b[31m\n'
-CONTEXT = {"tokens": [EVIL, "[red]", "weak"], "activations": [4.0, 0.0, 0.5], "peak": 0, "value": 4.0}
+CONTEXT = {"tokens": [EVIL, "[red]", "weak"], "activations": [4.0, 0.0, 0.5], "start": 0, "peak": 0,
+           "value": 4.0}
 LATENT = {"latent": 1, "density": 0.5, "max": 4.0, "mean": 1.0, "promotes": [[EVIL, 1.0]], "suppresses": [],
-          "lower": [], "neighbours": [], "top": [CONTEXT]}
+          "fires_on": [[EVIL, 0.98765]], "lower": [], "neighbours": [], "top": [CONTEXT]}
 
 def test_token_text_cannot_become_markup_or_leave_its_line():
-    page = cli.latents_page("<b>about</b>", [LATENT])
+    tokenizer = types.SimpleNamespace(decode=lambda ids, **_: "".join(CONTEXT["tokens"][i] for i in ids))
+    page = cli.latents_page("<b>about</b>", [LATENT], torch.tensor([[0, 1, 2, 1]]), tokenizer)
     assert page.count("</script>") == 2 and not any(bad in page for bad in ("\x1b", "<b>", "innerHTML"))
     data = json.loads(re.search('id="data">(.*)</script>', page)[1])
-    assert data == {"about": "<b>about</b>", "latents": [LATENT]}
+    assert data == {"about": "<b>about</b>", "tokens": CONTEXT["tokens"], "text": [0, 1, 2, 1],
+                    "latents": [LATENT | {"fires_on": [[EVIL, 0.988]], "top": [[0, 3, 0, 0, 4.0, 2, 0.5]]}]}
     with cli.out.capture() as captured:
         cli.show_latent(LATENT)
     assert "\x1b" not in captured.get() and f"«{cli.short(EVIL)}»[red]" in captured.get()
@@ -728,15 +750,106 @@ def test_what_is_said_of_a_latent_is_so(run):
         assert [latent[name] for name in ("density", "max", "mean")] == pytest.approx(expected, rel=1e-5)
         assert [e["value"] for e in latent["top"]] == pytest.approx(best[best > 0][:4].tolist(), rel=1e-5)
         for e in latent["top"] + latent["lower"]:
-            places = ((c, t) for c in range(12) for t in range(128) if text[c][t : t + 24] == e["tokens"])
-            shown = pytest.approx(e["activations"], abs=2e-4)
-            assert any(mine[c, t : t + 24].tolist() == shown for c, t in places)
+            c, t = divmod(e["start"], 128)
+            assert text[c][t : t + 24] == e["tokens"]
+            assert mine[c, t : t + 24].tolist() == pytest.approx(e["activations"], abs=2e-4)
             assert e["activations"][e["peak"]] == pytest.approx(e["value"], abs=1e-4)
         assert all(0 < e["value"] <= latent["top"][-1]["value"] + 1e-6 for e in latent["lower"])
+        word = latent["fires_on"][0][0]
+        on = torch.tensor([[cli.as_word(token) == word for token in context] for context in text])
+        assert latent["fires_on"][0][1] == pytest.approx(float(mine[on].sum() / mine.sum()), abs=1e-4)
+        assert [share for _, share in latent["fires_on"]] == sorted(
+            (share for _, share in latent["fires_on"]), reverse=True) and latent["fires_on"][-1][1] >= 0.01
         row = sae.W_dec[latent["latent"]].detach()
         cosines = torch.cosine_similarity(sae.W_dec.detach(), row[None]).sort().values
         assert latent["neighbours"][0][1] == pytest.approx(float(cosines[-2]), abs=1e-4)
-        effect = lm.model.get_output_embeddings().weight.detach() @ row
+        direction = (row - row.mean()) * lm.model.transformer.ln_f.weight
+        effect = lm.model.get_output_embeddings().weight.detach() @ direction
         effect -= effect.mean()
         for name, i in (("promotes", int(effect.argmax())), ("suppresses", int(effect.argmin()))):
             assert latent[name][0] == [lm.tokenizer.decode([i]), pytest.approx(float(effect[i]), abs=1e-4)]
+
+def test_all_latents_take_as_many_operations_as_a_few(run):
+    """Bug here once: each made a tensor of all contexts, so that 4,096 latents took six minutes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    (sae, lm), counts = cli.load(run[0], "cpu"), []
+    contexts = bt.held_out_contexts(sae.config, lm.tokenizer)[1][:4]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counts[-1] += 1
+            return function(*args, **(kwargs or {}))
+    for n in (2, 200):
+        counts.append(0)
+        with Count():
+            assert len(cli.describe_latents(sae, lm, contexts, list(range(n)))["latents"]) == n
+    assert counts[0] == counts[1] > 0
+
+def test_words_match_whole_whatever_stands_around_them():
+    assert {cli.as_word(token) for token in (" June", "june", "JUNE,", '"June')} == {"june"}
+    assert [cli.as_word(token) for token in ("junes", ' "', "\n\n", " ->")] == ["junes", '"', "\n\n", "->"]
+
+SHARES = [{"june": 0.4, "may": 0.1}, {"may": 0.6}, {"junes": 1.0}, {"june": 0.9, "8": 0.02}, {"2": 0.5}]
+
+@pytest.mark.parametrize("phrase, found", [
+    ("June", {3: 0.9, 0: 0.4}), (" june  may", {3: 0.9, 1: 0.6, 0: 0.5}), ("jun", {}), ("8", {3: 0.02}),
+    ("2", {2: 0.0, 4: 0.5})])
+def test_a_concept_finds_latents_by_share_and_a_number_first_that_latent_also_on_the_page(phrase, found):
+    """Bug here once: the page found words that contained a text, in the order of density."""
+    assert cli.find_latents(SHARES, phrase) == pytest.approx(found)
+    assert list(cli.find_latents(SHARES, phrase)) == list(found)
+    if not shutil.which("node"):
+        pytest.skip("the page's own search needs node")
+    page = (ROOT / "tests/assets/latents.html").read_text()
+    parts = [re.search(pattern, page, re.M | re.S)[0] for pattern in (
+        "^const numbers.*?;$", "^const asWord.*?;$", "^function matching.*?^}$")]
+    latents = [{"latent": j, "fires_on": list(own.items())} for j, own in enumerate(SHARES)]
+    script = [f"const latents = {json.dumps(latents)};", *parts,
+              f"console.log(JSON.stringify(matching({json.dumps(phrase.strip())}).map(each => each.latent)))"]
+    ranked = subprocess.run(["node", "-e", "\n".join(script)], stdout=subprocess.PIPE).stdout
+    assert json.loads(ranked) == list(found)
+
+def test_latents_are_found_by_words_from_the_command_line(run):
+    command = ["latents", run[0], "--device", "cpu", "--find"]
+    found = json.loads(invoke(*command, "self", "--count", 3, "--json").stdout)["latents"]
+    shares = [latent["share"] for latent in found]
+    assert shares == sorted(shares, reverse=True) and shares[-1] > 0.01 and len(shares) == 3
+    assert all(["self", latent["share"]] in latent["fires_on"] for latent in found)
+    said = invoke(*command, "self", "--count", 1).stdout
+    assert f"{shares[0]:.0%} of its activation on 'self'" in said and f"self {shares[0]:.0%}" in said
+    nothing = invoke(*command, "elf").stdout
+    assert nothing.startswith("0 of 256 latents") and "None has 1% of its activation" in nothing
+    assert invoke(*command, "self", "--text", "a").exit_code == invoke(*command, "a", 3).exit_code == 2
+
+def test_a_text_is_shown_token_by_token_as_the_dense_encoder_sees_it(run, tmp_path):
+    sae, lm = cli.load(run[0], "cpu")
+    text = "def june(self):\n    return" + " path" * 130  # more than a context
+    command = ["latents", run[0], "--device", "cpu", "--text"]
+    found = json.loads(invoke(*command, text, "--json").stdout)
+    ids = lm.tokenizer.encode(text, add_special_tokens=False)
+    begin, rows = lm.tokenizer.bos_token_id, found["text"]
+    parts = [torch.tensor([[begin, *part]]) for part in (ids[:127], ids[127:])]
+    f = torch.cat([sae.encode(lm.activations(part)[0]).detach() for part in parts])
+    assert [row["token"] for row in rows] == [lm.tokenizer.decode([i]) for part in parts for i in part[0]]
+    unread = [i for i, row in enumerate(rows) if not row["read"]]
+    assert unread == [0, 128] and not any(rows[i]["latents"] for i in unread), "the begin tokens"
+    everything = {latent["latent"]: latent for latent in cli.describe_latents(
+        sae, lm, cli.text_to_read(sae.config, lm), range(256))["latents"]}
+    for row, own in list(zip(rows, f))[1:128]:
+        strongest, active = own.topk(5), own.nonzero()[:, 0].tolist()
+        assert row["active"] == len(active)
+        shown = [latent["latent"] for latent in row["latents"][:5]]
+        assert shown == strongest.indices.tolist()[: len(active)]
+        [rarest] = [latent for latent in row["latents"] if latent["rarest"]]
+        assert rarest["density"] == min(everything[j]["density"] for j in active)
+        for latent in row["latents"]:
+            whole = everything[latent["latent"]]
+            assert latent["value"] == pytest.approx(float(own[latent["latent"]]), rel=1e-4)
+            assert [latent["word"], latent["share"]] == (whole["fires_on"] or [["", 0]])[0]
+    (tmp_path / "a.txt").write_text(text)
+    shown = invoke(*command, tmp_path / "a.txt").stdout
+    assert shown == invoke(*command, "-", input=text).stdout
+    lines = shown.splitlines()[2:]
+    assert len(lines) == len(rows) and all(len(line) <= 80 for line in lines) and "not read" in lines[0]
+    assert all(line.split()[1].isdecimal() and "*" in line for line in lines[1:3])
+    assert "the text is empty" in invoke(*command, "").stderr

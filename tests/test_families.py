@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import batchtopk as bt
+import cli
 from conftest import LOADED
 
 # Families by the modules of a block that write attn_out and mlp_out. A name after + is a key of VARIANTS
@@ -184,3 +185,34 @@ def test_models_without_one_stream_are_refused_in_a_line(family, said, site_of):
     for site in ("resid_pre", "resid_post", *bt.PARTS):
         with pytest.raises(bt.InputError, match=f".*{said}.*"):
             site_of(build(family), 0, site)
+
+NORMS = {  # the final norm's weights, and whether it takes the mean away
+    "gpt2": lambda model: (model.transformer.ln_f.weight, True),
+    "llama": lambda model: (model.model.norm.weight, False),
+    "gemma3_text": lambda model: (1 + model.model.norm.weight, False),
+    "gemma3+multimodal": lambda model: (1 + model.model.language_model.norm.weight, False),
+    "olmo": lambda model: (torch.ones(32), True),
+    "lfm2": lambda model: (model.model.embedding_norm.weight, False)}
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*NORMS, "opt+normed", "bert"])
+def test_effects_on_logits_are_those_through_the_final_norms_weights_or_not_said(family, site_of):
+    """Bug here once: without these weights, so that of 8 tokens of SmolLM2 4.8 were right. In the last two
+    families the stream itself is normalised in each block."""
+    model = build(family)
+    lm, sae = site_of(model, 1, "resid_post"), bt.SAE(bt.RunConfig(d_model=32, n_latents=8, k=2))
+    sae.theta.fill_(1)
+    described = cli.describe_latents(sae, lm, IDS, range(8))["latents"]
+    if family not in NORMS:
+        assert not any(latent[name] for latent in described for name in ("promotes", "suppresses"))
+        return
+    weights, takes_mean = NORMS[family](model)
+    directions = sae.W_dec - takes_mean * sae.W_dec.mean(1, keepdim=True)
+    effects = directions * weights @ model.get_output_embeddings().weight.T
+    effects -= effects.mean(1, keepdim=True)
+    for sign, name in ((1, "promotes"), (-1, "suppresses")):
+        for latent, top in zip(described, (sign * effects).topk(8, dim=1).values.tolist()):
+            assert [sign * effect for _, effect in latent[name]] == pytest.approx(top, abs=1e-3)
+            [(token, effect), *_] = latent[name]
+            [i] = [i for i in range(4096) if cli.token_text(lm.tokenizer, i) == token
+                   and abs(effects[latent["latent"], i] - effect) < 1e-3]
