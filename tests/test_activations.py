@@ -810,6 +810,14 @@ def test_a_run_fixes_its_limit_of_norms_at_the_start_and_applies_it(lm, data, tm
     assert results[0]["left_out"] == 0 and results[0]["theta"]["mse"] > 10 * results[10]["theta"]["mse"]
     sae = bt.SAE.load(tmp_path / "10")
     assert bt.LanguageModel.from_config(sae.config, sae.found).norm_limit == sae.found.norm_limit
+    lm.norm_limit = 0  # the same activations from Python: the SAE itself leaves them out
+    x = bt.shuffled_activations(cfg, lm, bt.held_out_contexts(cfg, lm.tokenizer)[1])
+    metrics = bt.evaluate(sae, [x])
+    assert metrics["left_out"] == pytest.approx(results[10]["left_out"])
+    for name in ("fvu", "l0", "mse"):
+        assert metrics["theta"][name] == pytest.approx(results[10]["theta"][name], rel=1e-5)
+    sae.found = bt.Found()
+    assert bt.evaluate(sae, [x])["theta"]["fvu"] > 1.5 * metrics["theta"]["fvu"], "where it did not count"
 
 def test_a_tokenizer_that_is_not_the_models_is_warned_of(lm, data, tmp_path, recwarn):
     """Bug here once: with as many tokens in another order, a run ended well and told of it by ce_clean alone."""

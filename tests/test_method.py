@@ -761,6 +761,35 @@ def test_theta_is_calibrated_on_tokens_that_are_not_trained_on_however_often_a_l
     with pytest.warns(UserWarning, match="hold 16 tokens: θ is calibrated on tokens that are trained on"):
         bt.train(cfg, [x[:16]])
 
+def test_tokens_that_are_too_large_are_left_out_and_the_sae_keeps_their_limit(planted, tmp_path, monkeypatch):
+    """Bug here once: own activations of a real model were given to bt.train, and a few massive norms took the
+    latents: FVU 1.12 instead of 0.18, without a word."""
+    x, seen, step = planted.batch(6000, 0), [], bt.Trainer.step
+    x[5::100] *= 200
+    monkeypatch.setattr(bt.Trainer, "step", lambda trainer, x: (seen.append(x.norm(dim=1).max()),
+                                                                step(trainer, x))[1])
+    cfg = bt.Config(d_model=48, n_latents=128, k=4, batch_size=64, tokens=20_000, device="cpu")
+    with pytest.warns(UserWarning, match=r"norm is over .* left out, 1\.\d+% of the first, with 9\d.*max_norm"):
+        sae = bt.train(cfg, x.split(77))
+    limit, norm = sae.found.norm_limit, x.norm(dim=1)
+    assert len(seen) == 313 and max(seen) <= limit and norm[5::100].min() > 2 * limit, "none of them was trained on"
+    assert torch.equal(sae.seen(x), norm <= limit) and not sae.seen(torch.full((48,), math.nan))
+    metrics, usual = bt.evaluate(sae, [x]), x[norm <= limit]
+    assert metrics["left_out"] == pytest.approx(1 - len(usual) / 6000)
+    sae.save(tmp_path)
+    loaded = bt.SAE.load(tmp_path)
+    assert loaded.found == sae.found and bt.evaluate(loaded, [x])["theta"]["fvu"] == metrics["theta"]["fvu"]
+    assert bt.calibrate(sae, [x]) == bt.calibrate(sae, [usual])
+    loaded.found = bt.Found()
+    alone = bt.evaluate(loaded, [usual])
+    assert alone["left_out"] == 0 and alone["theta"]["fvu"] == metrics["theta"]["fvu"]
+    other = bt.train(dataclasses.replace(cfg, max_norm=0), x.split(77))
+    assert not other.found.norm_limit
+    assert bt.evaluate(other, [usual])["theta"]["fvu"] > 2 * metrics["theta"]["fvu"], "what it protects from"
+    trainer = bt.Trainer(cfg)
+    trainer.step(x[:64])  # which takes what it is given
+    assert seen[-1] == norm[5] and not trainer.sae.found.norm_limit
+
 def test_exactly_the_asked_tokens_are_trained_on(planted, monkeypatch):
     seen, step = [], bt.Trainer.step
     monkeypatch.setattr(bt.Trainer, "step", lambda trainer, x: (seen.append(len(x)), step(trainer, x))[1])
