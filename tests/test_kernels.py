@@ -133,7 +133,7 @@ def test_try_largest_misses_no_entry_however_large_a_part_of_x_the_encoder_ignor
     """As in test_method: the part that all x share is taken out of the product in bfloat16."""
     sae, x, sure, threshold = test_method.ignored_direction(size, False, 32, 64, 512)
     monkeypatch.setitem(bt.CHUNK_ENTRIES, "cpu", 32 * 256)
-    latent, row, _, right = bt.try_largest(sae, x, 0.95 * threshold, 32 * 32, torch.bfloat16)
+    (latent, row, _), right, *_ = bt.try_largest(sae, x, 0.95 * threshold, 32 * 32, torch.bfloat16)
     found = torch.zeros_like(sure)
     found[latent, row] = True
     assert right and found[sure].all(), f"{int((sure & ~found).sum())} of {int(sure.sum())}"
@@ -142,7 +142,7 @@ def test_of_equal_entries_as_many_are_kept_as_fit():
     sae, x = random_sae(config(n_latents=8)), randn(1, 12, seed=3).expand(5, 12).contiguous()
     with torch.no_grad():
         sae.W_enc.copy_(x[:1].expand(8, 12))
-    latent, row, value, right = bt.try_largest(sae, x, 0.01, 11, torch.float32)
+    (latent, row, value), right, *_ = bt.try_largest(sae, x, 0.01, 11, torch.float32)
     assert len({*zip(latent.tolist(), row.tolist())}) == 11 and value.min() > 0.01 and right == 1
 
 # Operations 2 and 3
@@ -544,7 +544,8 @@ def test_a_recording_that_fails_or_goes_wrong_is_not_used(fault, said, graphs, m
 
 KINDS = {"*bf16": "z", "*i32": "counts", "i32": "l_first B capacity n D share",
          "*i64": "latent row ends n_before i j n_found which starts aux_place",
-         "fp32": "factor factor_dec factor_b epsilon epsilon_dec epsilon_b log_beta1 log_beta2"}
+         "fp32": "factor factor_enc factor_dec factor_b epsilon epsilon_enc epsilon_dec epsilon_b "
+                 "log_beta1 log_beta2"}
 # All others: *fp32
 
 def compile_kernels():
