@@ -230,8 +230,8 @@ def is_finished(runs):
     return all((run / "evaluation.json").is_file() for run in runs)
 
 class Bar:
-    """Progress on stderr, in a terminal a bar, elsewhere a line a minute: from the first step to the last that
-    of training, otherwise of what is read or measured."""
+    """Progress on stderr, in a terminal a bar, elsewhere a line a minute: from the first step to the last
+    that of training, otherwise of what is read or measured."""
 
     def __init__(self, total=0, passes=1, tokens=0):
         self.progress = Progress(TaskProgressColumn(), BarColumn(10), "{task.description}", console=err,
@@ -284,8 +284,8 @@ class Bar:
         self.show(f"cross-entropy: {done} of {total} contexts", 0, done, total, left)
 
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM end what is in it: at once, or if `patient` when that looks for the
-    signal's `number`; a second one at once."""
+    """While it is open, Ctrl-C and SIGTERM end what is in it: at once, or if `patient` when that looks for
+    the signal's `number`; a second one at once."""
     number, patient = 0, False
 
     def __enter__(self):
@@ -440,7 +440,7 @@ def show_metrics(result, as_json):
     low, middle, high = l0_quantiles(result["theta"]["l0_histogram"])
     tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over {high}.")
     if "rare" in result:
-        tell("At the end of training {dead:.1%} of the latents were dead (silent for --dead-tokens); {rare:.1%} "
+        tell("At the end of training {dead:.1%} of the latents were dead, silent for --dead-tokens; {rare:.1%} "
              "fired on fewer than {} of the last {:,} tokens.".format(*rarity(result), **result))
 
 def l0_quantiles(histogram):
@@ -526,7 +526,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
             raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit "
                                 "on norms that leaves out all")
         if min(len(calibration), len(evaluation)) < 0.9 * cfg.eval_tokens:  # norms left out are far fewer
-            warnings.warn(f"held-out text gives {len(calibration):,} tokens for θ and {len(evaluation):,} to "
+            warnings.warn(f"held-out text gives {len(calibration):,} tokens for θ, {len(evaluation):,} to "
                           f"evaluate, not {cfg.eval_tokens:,}")
         trainers = {name: bt.Trainer(own) for name, own in configs.items()}
         seconds = dict.fromkeys(trainers, 0.0)  # in each SAE's own steps

@@ -496,8 +496,8 @@ def clock_of(monkeypatch, seconds=0):
     return clock
 
 def test_the_time_that_is_left_is_that_of_reading_and_of_steps(monkeypatch):
-    """Bugs here once: what was in the buffer was to be read once more, "about 15 min" of 6; a time left of 13:22,
-    1:48 and 2:21 one after the other; "0 tokens/s"."""
+    """Bugs here once: what was in the buffer was to be read once more, "about 15 min" of 6; a time left of
+    13:22, 1:48 and 2:21 one after the other; "0 tokens/s"."""
     clock, bar = clock_of(monkeypatch), cli.Bar(8_000, passes=2)
     stats = [bt.StepStats(0, 0, 0, 0.5, 3, 0, 0, 0)]
 
@@ -517,16 +517,17 @@ def test_the_time_that_is_left_is_that_of_reading_and_of_steps(monkeypatch):
     assert then(18, bar.step, 2000, stats).endswith("  100 tokens/s  0:06:00 left")
     task = bar.progress.tasks[0]
     assert then(50, bar.read, 500, 1000) == "reading 500 of 1,000 tokens  10 tokens/s  0:05:10 left"
-    assert (task.completed, task.total) == (2000, 8000), "the bar is that of training, of which reading is a part"
+    assert (task.completed, task.total) == (2000, 8000), "the bar is that of training"
     assert then(1, bar.cross_entropy, 1, 9) == "cross-entropy: 1 of 9 contexts" and task.total == 9
     assert then(1, bar.cross_entropy, 2, 9) == "cross-entropy: 2 of 9 contexts  0:00:07 left"
 
 def test_a_run_and_an_evaluation_say_how_much_they_have_read(tmp_path, monkeypatch):
-    """Bug here once: "0 % loading the model and text", for 11 minutes. Elsewhere than in a terminal, a line a minute."""
+    """Bug here once: "0 % loading the model and text", for 11 minutes. Elsewhere: a line a minute."""
     clock_of(monkeypatch, 61)
     stderr = invoke("train", "--out", tmp_path, *options()).stderr
     assert stderr.index("reading 1,024 of 2,") < stderr.index("256 latents") < stderr.index("cross-entropy: ")
-    for said in ("94%  reading 2,048 of 2,176 tokens  17 tokens/s  0:00:08 left", "  reading 2,048 of 2,048 tokens  "):
+    for said in ("94%  reading 2,048 of 2,176 tokens  17 tokens/s  0:00:08 left",
+                 "100%  reading 2,048 of 2,048 tokens  "):
         assert said in stderr, stderr
     assert re.search(r"\n96%  fvu 0\.\d+  L0 \d\.\d  dead .*  \d tokens/s  0:\d\d:\d\d left\n", stderr)
     stderr = invoke("eval", tmp_path / "tiny", "--device", "cpu").stderr
@@ -543,8 +544,7 @@ def test_a_stop_is_heard_at_once_or_when_it_is_looked_for_and_the_second_at_once
                 reached.append((number, patient, times))
         assert stop.number == number
         assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert set(reached) == {(number, True, times) for number in (signal.SIGINT, signal.SIGTERM) for times in (1, 2)}
-    assert len(reached) == 4, "once each, after the first of two"
+    assert len(reached) == 4 and all(patient for _, patient, _ in reached), "after the first of one or two"
     with pytest.raises(KeyError), cli.Stop():
         raise KeyError
 
@@ -552,10 +552,10 @@ def test_a_stop_is_heard_at_once_or_when_it_is_looked_for_and_the_second_at_once
                                           (150_000, "fewer than 2 of the last 150,000"),
                                           (10**9, "fewer than 10 of the last 1,000,000")])
 def test_how_often_a_rare_latent_fired_is_said_in_whole_tokens_that_were_counted(run, capsys, tokens, said):
-    """Bug here once: "fewer than one token in 100,000", of a run of 40,000; "0.4 % dead" beside frac_alive 0.94."""
+    """Bug here once: "fewer than one in 100,000", of a run of 40,000; "0.4 % dead" beside frac_alive 0.94."""
     cli.show_metrics(run[1] | {"tokens": tokens}, as_json=False)
     table = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    assert said in table and "(silent for --dead-tokens)" in table
+    assert said in table and "dead, silent for --dead-tokens" in table
     assert cli.MEANINGS["frac_alive"] == "share of latents that fired on these held-out tokens"
 
 def test_every_curve_of_a_comparison_says_its_setting(monkeypatch):

@@ -737,7 +737,7 @@ def test_theta_is_calibrated_on_tokens_that_are_not_trained_on_however_often_a_l
     """Bug here once: from the second time on they were, and L0 was 35.0 for k = 32."""
     trained, held_out, step, calibrate = [], [], bt.Trainer.step, bt.calibrate
     monkeypatch.setattr(bt.Trainer, "step", lambda trainer, x: (trained.append(x), step(trainer, x))[1])
-    monkeypatch.setattr(bt, "calibrate", lambda sae, parts: (held_out.extend(parts), calibrate(sae, parts))[1])
+    monkeypatch.setattr(bt, "calibrate", lambda sae, x: (held_out.extend(x), calibrate(sae, x))[1])
     x, cfg = planted.batch(300, 0), config(d_model=48, tokens=1000)
     for batches in ([x], [x[:7], x[7:60], x[60:]], x.view(10, 30, 48)):
         trained.clear(), held_out.clear()
