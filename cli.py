@@ -440,8 +440,8 @@ def show_metrics(result, as_json):
     low, middle, high = l0_quantiles(result["theta"]["l0_histogram"])
     tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over {high}.")
     if "rare" in result:
-        tell("At the end of training {dead:.1%} of the latents were dead, silent for --dead-tokens; {rare:.1%} "
-             "fired on fewer than {} of the last {:,} tokens.".format(*rarity(result), **result))
+        tell("At the end of training {dead:.1%} of the latents were dead, silent for --dead-tokens; "
+             "{rare:.1%} fired on fewer than {} of the last {:,} tokens.".format(*rarity(result), **result))
 
 def l0_quantiles(histogram):
     """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] tokens have count c."""
