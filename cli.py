@@ -284,22 +284,21 @@ class Bar:
         self.show(f"cross-entropy: {done} of {total} contexts", 0, done, total, left)
 
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM end what is in it: at once, or if `patient` when that looks for
-    the signal's `number`; a second one at once."""
+    """While it is open, Ctrl-C and SIGTERM are a SystemExit, or if it is `patient` only set `number`, which
+    what is in it looks at; a second one is a SystemExit."""
     number, patient = 0, False
 
     def __enter__(self):
         self.before = [(each, signal.signal(each, self.hear)) for each in (signal.SIGINT, signal.SIGTERM)]
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, *_):
         for handler in self.before:
             signal.signal(*handler)
-        return kind is SystemExit
 
     def hear(self, number, frame):
         twice, self.number = self.number and SIZE == 1, number  # torchrun sends two
         if twice or not self.patient:
-            raise SystemExit
+            raise SystemExit(128 + number)
         if RANK == 0:
             os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
@@ -310,7 +309,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         return [read_evaluation(run) for run in runs]
     if RANK == 0:
         check_run_folder(folder, resume)
-    [cfg, *_], results, stop = configs.values(), None, Stop()
+    [cfg, *_], stop = configs.values(), Stop()
     bar = Bar(cfg.tokens, cfg.passes, max((tokens for _, tokens in saved_states(folder)), default=0))
 
     def on_step(tokens, stats):
@@ -323,13 +322,19 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
         return stop.number > 0
 
     try:
-        with stop, bar.progress:
-            lm = bt.LanguageModel.from_config(cfg)
-            sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
-            configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
-            [cfg, *_] = configs.values()
-            results = train_runs(configs, lm, folder, resume, on_step, bar.cross_entropy,
-                                 lambda *n: bar.read(*n) or stop.number > 0)
+        with stop:
+            with contextlib.suppress(SystemExit), bar.progress:
+                lm = bt.LanguageModel.from_config(cfg)
+                sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
+                configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
+                [cfg, *_] = configs.values()
+                results = train_runs(configs, lm, folder, resume, on_step, bar.cross_entropy,
+                                     lambda *n: bar.read(*n) or stop.number > 0)
+                if results is not None:
+                    return results
+            said = "saved" if saved_states(folder) else "stopped"
+            err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
+            raise SystemExit(128 + stop.number)
     except Exception as error:
         if any(n == SIZE for n, _ in saved_states(folder)):
             error.add_note(f"the run is saved; continue with: {again}")
@@ -337,11 +342,6 @@ def train_with_bar(configs, folder, again, resume, expansion=None):
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing came of it
-    if results is None:
-        said = "saved" if saved_states(folder) else "stopped"
-        err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
-        raise typer.Exit(128 + stop.number)
-    return results
 
 def left_out(lm):
     """What a new run leaves out because of its norm, as the end of a sentence."""

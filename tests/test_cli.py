@@ -1,5 +1,6 @@
 """The command line: what people see, and that their mistakes end in one line."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -387,6 +388,14 @@ def test_a_run_that_is_interrupted_as_it_reads_stops_at_once_and_keeps_its_steps
     assert result.exit_code == 130 and "saved; continue with: " in result.stderr, result.stderr
     assert next(number) == 11 and cli.saved_states(tmp_path / "tiny") == [(1, 2048)]
 
+def test_the_second_signal_that_torchrun_sends_keeps_no_run_from_saying_that_it_is_saved(tmp_path, monkeypatch):
+    say = cli.err.out
+    monkeypatch.setattr(cli, "SIZE", 2)
+    monkeypatch.setattr(cli.err, "out", lambda text: signal.raise_signal(signal.SIGINT) or say(text))
+    interrupt_after(3, monkeypatch)
+    result = invoke("train", "--out", tmp_path, *options())
+    assert result.exit_code == 130 and "saved; continue with: " in result.stderr, result.stderr
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued(tmp_path, number, code):
@@ -537,7 +546,7 @@ def test_a_stop_is_heard_at_once_or_when_it_is_looked_for_and_the_second_at_once
     before, reached = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], []
     for number, patient, times in itertools.product((signal.SIGINT, signal.SIGTERM), (False, True), (1, 2)):
         stop = cli.Stop()
-        with stop:
+        with contextlib.suppress(SystemExit), stop:
             stop.patient = patient
             for _ in range(times):
                 signal.raise_signal(number)
