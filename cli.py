@@ -241,7 +241,7 @@ class Bar:
         self.last = self.told = time.monotonic()
         self.timed = {}  # by kind of work: how much is done, and of how many tokens the seconds are known
 
-    def each(self, kind, done, total):
+    def seconds_each(self, kind, done, total):
         """So much of a kind of work is done. Returns what a token of it takes in seconds; NaN: not known."""
         now = time.monotonic()
         before, tokens, seconds = self.timed.get(kind, (done, 0, self.last - now))  # the first warms up: 0 s
@@ -265,7 +265,7 @@ class Bar:
     def read(self, n, wanted):
         """So many of the tokens that a buffer wants, or of the held-out ones, were read."""
         n = min(n, wanted)
-        self.reading = self.each("reading", n, wanted)
+        self.reading = self.seconds_each("reading", n, wanted)
         self.unread = max(0, (self.total - self.tokens) / self.passes - n)
         own = n, wanted, (wanted - n) * self.reading
         place = (self.tokens, self.total, self.left()) if self.training else own
@@ -273,14 +273,14 @@ class Bar:
 
     def step(self, tokens, stats):
         """So many tokens were trained on; stats: each SAE's StepStats."""
-        self.stepping, now = self.each("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
+        self.stepping, now = self.seconds_each("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
         self.tokens, self.training = tokens, tokens < self.total
         text = f"fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
         self.show(text, self.stepping, tokens, self.total, self.left())
 
     def cross_entropy(self, done, total):
         """It was measured on so many contexts."""
-        left = (total - done) * self.each("contexts", done, total)
+        left = (total - done) * self.seconds_each("contexts", done, total)
         self.show(f"cross-entropy: {done} of {total} contexts", 0, done, total, left)
 
 class Stop:
