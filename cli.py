@@ -237,8 +237,8 @@ def is_finished(runs):
     return all((run / "evaluation.json").is_file() for run in runs)
 
 class Bar:
-    """Progress on stderr, in a terminal a bar, elsewhere a line a minute: from the first step to the last that
-    of training, otherwise of what is read or measured."""
+    """Progress on stderr, in a terminal a bar, elsewhere a line a minute: from the first step to the last
+    that of training, otherwise of what is read or measured."""
 
     def __init__(self, total=0, passes=1, tokens=0):
         self.progress = Progress(TaskProgressColumn(), BarColumn(10), "{task.description}", console=err,
@@ -248,7 +248,7 @@ class Bar:
         self.last = self.told = time.monotonic()
         self.timed = {}  # by kind of work: how much is done, and of how many tokens the seconds are known
 
-    def each(self, kind, done, total):
+    def seconds_each(self, kind, done, total):
         """So much of a kind of work is done. Returns what a token of it takes in seconds; NaN: not known."""
         now = time.monotonic()
         before, tokens, seconds = self.timed.get(kind, (done, 0, self.last - now))  # the first warms up: 0 s
@@ -272,7 +272,7 @@ class Bar:
     def read(self, n, wanted):
         """So many of the tokens that a buffer wants, or of the held-out ones, were read."""
         n = min(n, wanted)
-        self.reading = self.each("reading", n, wanted)
+        self.reading = self.seconds_each("reading", n, wanted)
         self.unread = max(0, (self.total - self.tokens) / self.passes - n)
         own = n, wanted, (wanted - n) * self.reading
         place = (self.tokens, self.total, self.left()) if self.training else own
@@ -280,33 +280,32 @@ class Bar:
 
     def step(self, tokens, stats):
         """So many tokens were trained on; stats: each SAE's StepStats."""
-        self.stepping, now = self.each("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
+        self.stepping, now = self.seconds_each("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
         self.tokens, self.training = tokens, tokens < self.total
         text = f"fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
         self.show(text, self.stepping, tokens, self.total, self.left())
 
     def cross_entropy(self, done, total):
         """It was measured on so many contexts."""
-        left = (total - done) * self.each("contexts", done, total)
+        left = (total - done) * self.seconds_each("contexts", done, total)
         self.show(f"cross-entropy: {done} of {total} contexts", 0, done, total, left)
 
 class Stop:
-    """While it is open, Ctrl-C and SIGTERM end what is in it: at once, or if `patient` when that looks for the
-    signal's `number`; a second one at once."""
+    """While it is open, Ctrl-C and SIGTERM are a SystemExit, or if it is `patient` only set `number`, which
+    what is in it looks at; a second one is a SystemExit."""
     number, patient = 0, False
 
     def __enter__(self):
         self.before = [(each, signal.signal(each, self.hear)) for each in (signal.SIGINT, signal.SIGTERM)]
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, *_):
         for handler in self.before:
             signal.signal(*handler)
-        return kind is SystemExit
 
     def hear(self, number, frame):
         twice, self.number = self.number and SIZE == 1, number  # torchrun sends two
         if twice or not self.patient:
-            raise SystemExit
+            raise SystemExit(128 + number)
         if RANK == 0:
             os.write(2, b"stopping after this step\n")  # a print in the middle of another would repeat it
 
@@ -317,7 +316,7 @@ def train_with_bar(configs, folder, again, resume, expansion=None, group=bt.Proc
         return [read_evaluation(run) for run in runs]
     if RANK == 0:
         check_run_folder(folder, resume)
-    [cfg, *_], results, stop = configs.values(), None, Stop()
+    [cfg, *_], stop = configs.values(), Stop()
     bar = Bar(cfg.tokens, cfg.passes, max((tokens for _, tokens in saved_states(folder)), default=0))
 
     def on_step(tokens, stats):
@@ -330,14 +329,20 @@ def train_with_bar(configs, folder, again, resume, expansion=None, group=bt.Proc
         return stop.number > 0
 
     try:
-        with stop, bar.progress:
-            lm = bt.LanguageModel.from_config(cfg)
-            lm.processes = group
-            sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
-            configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
-            [cfg, *_] = configs.values()
-            results = train_runs(configs, lm, folder, resume, on_step, bar.cross_entropy,
-                                 lambda *n: bar.read(*n) or stop.number > 0)
+        with stop:
+            with contextlib.suppress(SystemExit), bar.progress:
+                lm = bt.LanguageModel.from_config(cfg)
+                lm.processes = group
+                sizes = {} if expansion is None else {"n_latents": round(expansion * lm.d_model)}
+                configs = {name: replace(c, d_model=lm.d_model, **sizes) for name, c in configs.items()}
+                [cfg, *_] = configs.values()
+                results = train_runs(configs, lm, folder, resume, on_step, bar.cross_entropy,
+                                     lambda *n: bar.read(*n) or stop.number > 0)
+                if results is not None:
+                    return results
+            said = "saved" if saved_states(folder) else "stopped"
+            err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
+            raise SystemExit(128 + stop.number)
     except Exception as error:
         if any(n == SIZE for n, _ in saved_states(folder)):
             error.add_note(f"the run is saved; continue with: {again}")
@@ -345,11 +350,6 @@ def train_with_bar(configs, folder, again, resume, expansion=None, group=bt.Proc
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing came of it
-    if results is None:
-        said = "saved" if saved_states(folder) else "stopped"
-        err.out(f"{said}; continue with: {again}" if any(folder.glob("**/config.json")) else said)
-        raise typer.Exit(128 + stop.number)
-    return results
 
 def left_out(lm):
     """What a new run leaves out because of its norm, as the end of a sentence."""
@@ -463,8 +463,8 @@ def show_metrics(result, as_json):
     low, middle, high = l0_quantiles(result["theta"]["l0_histogram"])
     tell(f"Active latents per token with θ: 5 % have at most {low}, half at most {middle}, 5 % over {high}.")
     if "rare" in result:
-        tell("At the end of training {dead:.1%} of the latents were dead (silent for --dead-tokens); {rare:.1%} "
-             "fired on fewer than {} of the last {:,} tokens.".format(*rarity(result), **result))
+        tell("At the end of training {dead:.1%} of the latents were dead, silent for --dead-tokens; "
+             "{rare:.1%} fired on fewer than {} of the last {:,} tokens.".format(*rarity(result), **result))
 
 def l0_quantiles(histogram):
     """The counts that 5, 50 and 95 % of the tokens do not exceed; histogram[c] tokens have count c."""
@@ -551,7 +551,7 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
             raise bt.InputError("no held-out token is read: too little text, only special tokens, or a limit "
                                 "on norms that leaves out all")
         if min(len(calibration), len(evaluation)) < 0.9 * cfg.eval_tokens:  # norms left out are far fewer
-            warnings.warn(f"held-out text gives {len(calibration):,} tokens for θ and {len(evaluation):,} to "
+            warnings.warn(f"held-out text gives {len(calibration):,} tokens for θ, {len(evaluation):,} to "
                           f"evaluate, not {cfg.eval_tokens:,}")
         trainers = {name: bt.Trainer(own, lm.processes.keep_share_(bt.make_sae(own)))
                     for name, own in configs.items()}

@@ -1,5 +1,6 @@
 """The command line: what people see, and that their mistakes end in one line."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -437,6 +438,14 @@ def test_a_run_that_is_interrupted_as_it_reads_stops_at_once_and_keeps_its_steps
     assert result.exit_code == 130 and "saved; continue with: " in result.stderr, result.stderr
     assert next(number) == 11 and cli.saved_states(tmp_path / "tiny") == [(1, 2048)]
 
+def test_the_second_signal_that_torchrun_sends_keeps_no_run_from_saying_that_it_is_saved(tmp_path, monkeypatch):
+    say = cli.err.out
+    monkeypatch.setattr(cli, "SIZE", 2)
+    monkeypatch.setattr(cli.err, "out", lambda text: signal.raise_signal(signal.SIGINT) or say(text))
+    interrupt_after(3, monkeypatch)
+    result = invoke("train", "--out", tmp_path, *options())
+    assert result.exit_code == 130 and "saved; continue with: " in result.stderr, result.stderr
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_process_that_is_asked_to_stop_leaves_a_run_that_can_be_continued(tmp_path, number, code):
@@ -546,8 +555,8 @@ def clock_of(monkeypatch, seconds=0):
     return clock
 
 def test_the_time_that_is_left_is_that_of_reading_and_of_steps(monkeypatch):
-    """Bugs here once: what was in the buffer was to be read once more, "about 15 min" of 6; a time left of 13:22,
-    1:48 and 2:21 one after the other; "0 tokens/s"."""
+    """Bugs here once: what was in the buffer was to be read once more, "about 15 min" of 6; a time left of
+    13:22, 1:48 and 2:21 one after the other; "0 tokens/s"."""
     clock, bar = clock_of(monkeypatch), cli.Bar(8_000, passes=2)
     stats = [bt.StepStats(0, 0, 0, 0.5, 3, 0, 0, 0)]
 
@@ -567,18 +576,20 @@ def test_the_time_that_is_left_is_that_of_reading_and_of_steps(monkeypatch):
     assert then(18, bar.step, 2000, stats).endswith("  100 tokens/s  0:06:00 left")
     task = bar.progress.tasks[0]
     assert then(50, bar.read, 500, 1000) == "reading 500 of 1,000 tokens  10 tokens/s  0:05:10 left"
-    assert (task.completed, task.total) == (2000, 8000), "the bar is that of training, of which reading is a part"
+    assert (task.completed, task.total) == (2000, 8000), "the bar is that of training"
     assert then(1, bar.cross_entropy, 1, 9) == "cross-entropy: 1 of 9 contexts" and task.total == 9
     assert then(1, bar.cross_entropy, 2, 9) == "cross-entropy: 2 of 9 contexts  0:00:07 left"
 
 def test_a_run_and_an_evaluation_say_how_much_they_have_read(tmp_path, monkeypatch):
-    """Bug here once: "0 % loading the model and text", for 11 minutes. Elsewhere than in a terminal, a line a minute."""
+    """Bug here once: "0 % loading the model and text", for 11 minutes. Elsewhere: a line a minute."""
     clock_of(monkeypatch, 61)
-    stderr = invoke("train", "--out", tmp_path, *options()).stderr
+    few = options(tokens=2560, checkpoint_minutes=1e6, ce_contexts=16)
+    stderr = invoke("train", "--out", tmp_path, *few).stderr
     assert stderr.index("reading 1,024 of 2,") < stderr.index("256 latents") < stderr.index("cross-entropy: ")
-    for said in ("94%  reading 2,048 of 2,176 tokens  17 tokens/s  0:00:08 left", "  reading 2,048 of 2,048 tokens  "):
+    for said in ("94%  reading 2,048 of 2,176 tokens  17 tokens/s  0:00:08 left",
+                 "100%  reading 2,048 of 2,048 tokens  "):
         assert said in stderr, stderr
-    assert re.search(r"\n96%  fvu 0\.\d+  L0 \d\.\d  dead .*  \d tokens/s  0:\d\d:\d\d left\n", stderr)
+    assert re.search(r"\n80%  fvu 0\.\d+  L0 \d\.\d  dead .*  \d tokens/s  0:\d\d:\d\d left\n", stderr)
     stderr = invoke("eval", tmp_path / "tiny", "--device", "cpu").stderr
     assert stderr.index("reading 1,024 of 2,176 tokens") < stderr.index("cross-entropy: ")
 
@@ -586,15 +597,14 @@ def test_a_stop_is_heard_at_once_or_when_it_is_looked_for_and_the_second_at_once
     before, reached = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], []
     for number, patient, times in itertools.product((signal.SIGINT, signal.SIGTERM), (False, True), (1, 2)):
         stop = cli.Stop()
-        with stop:
+        with contextlib.suppress(SystemExit), stop:
             stop.patient = patient
             for _ in range(times):
                 signal.raise_signal(number)
                 reached.append((number, patient, times))
         assert stop.number == number
         assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert set(reached) == {(number, True, times) for number in (signal.SIGINT, signal.SIGTERM) for times in (1, 2)}
-    assert len(reached) == 4, "once each, after the first of two"
+    assert len(reached) == 4 and all(patient for _, patient, _ in reached), "after the first of one or two"
     with pytest.raises(KeyError), cli.Stop():
         raise KeyError
 
@@ -602,10 +612,10 @@ def test_a_stop_is_heard_at_once_or_when_it_is_looked_for_and_the_second_at_once
                                           (150_000, "fewer than 2 of the last 150,000"),
                                           (10**9, "fewer than 10 of the last 1,000,000")])
 def test_how_often_a_rare_latent_fired_is_said_in_whole_tokens_that_were_counted(run, capsys, tokens, said):
-    """Bug here once: "fewer than one token in 100,000", of a run of 40,000; "0.4 % dead" beside frac_alive 0.94."""
+    """Bug here once: "fewer than one in 100,000", of a run of 40,000; "0.4 % dead" beside frac_alive 0.94."""
     cli.show_metrics(run[1] | {"tokens": tokens}, as_json=False)
     table = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    assert said in table and "(silent for --dead-tokens)" in table
+    assert said in table and "dead, silent for --dead-tokens" in table
     assert cli.MEANINGS["frac_alive"] == "share of latents that fired on these held-out tokens"
 
 def test_every_curve_of_a_comparison_says_its_setting(monkeypatch):
