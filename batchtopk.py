@@ -16,9 +16,9 @@ the k·B largest entries costs least. A run begins as TopK, which finds directio
     sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of tensors [n, 512]
     f = sae.encode(x)                                                    # [..., 512] -> [..., 4096]
 
-Part one is the method. With step="plain" it needs of part two only the checks and helpers at its start. Part
-two is what makes it fast and practical: the sparse step (the default), rival methods, activations of a language
-model, evaluation, export, several processes.
+Part one is the method. With step="plain" it needs of part two only the helpers at its start, to save and load
+section 12, and SAE.processes, which is one unless torchrun is used. Part two is what makes it fast and
+practical: the sparse step (the default), rival methods, activations of a language model, evaluation, export.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Config:
     k: float = option(32, "average number of active latents per token")
     activation: str = option("batchtopk", "kind of SAE: the function from Z to f")  # a key of SAES
     topk_start: float = option(0.6, "share of a run, from its start, that is TopK (paper: 0)", high=1)
-    normalize: str = option("scale", "scale: fit the biases' learning rate to x")  # see Trainer, or part two
+    normalize: str = option("scale", "scale: biases' learning rates times x's deviation")  # or as in part two
     max_norm: float = option(4, "leave out tokens whose norm is over this multiple of the median; 0: none")
     init: str = option("data", "data: b_dec the mean; authors: 0, and a smaller W_enc", "data", "authors")
     tokens: int = option(1_000_000, "length of the run in tokens", low=2)
@@ -105,20 +105,20 @@ class Config:
     aux_k: int = option(512, "dead latents per token in the auxiliary loss (paper)")
     aux_coef: float = option(1 / 32, "α, weight of the auxiliary loss (paper)")
     dead_tokens: int = option(20_480, "tokens of silence after which a latent is dead (authors)", low=1)
-    step: str = option("sparse", "sparse is fast, plain is autograd; the same but for rounding")  # of STEPS
-    encoder_dtype: str = option("auto", "precision of the search; auto: bfloat16 if fast")
-    eval_tokens: int = option(65_536, "held-out tokens for θ (bt.train: at most); as many to evaluate", low=1)
+    step: str = option("sparse", "sparse is fast, plain is autograd; equal but for rounding")  # of STEPS
+    encoder_dtype: str = option("auto", "precision of the sparse encoder product; auto: bfloat16 if fast")
+    eval_tokens: int = option(65_536, "held-out tokens for θ (in train: at most); as many to evaluate", low=1)
     seed: int = option(0, "seed of weights and shuffling", high=2**63 - 1)
     device: str = option("auto", "cpu, cuda, cuda:1 …; auto takes a GPU if there is one")
 
     def __post_init__(self):
-        check_config(self)  # which knows the rest: activation, normalize, step; beta1² < beta2 < 1
+        check_config(self)  # also what must fit together, as beta1² < beta2 < 1
 
     def n_kept(self, n_tokens: int) -> int:
         """How many entries are kept of a batch: k for each of its tokens, rounded down, but at least 1."""
         return max(1, int(self.k * n_tokens + 1e-6))  # 0.29 · 100 is 28.999… in binary
 
-# ---- 2. Selection: TopK finds, BatchTopK spends --------------
+# ---- 2. Selection: BatchTopK and TopK ------------------------
 
 def batch_topk(z: Tensor, n: int) -> Tensor:
     """BatchTopK (paper, section 3): zero all entries of z, of any shape, but the n largest positive ones.
@@ -167,7 +167,7 @@ class SAE(nn.Module):
         return self.theta
 
     def selection_for(self, asked: str) -> str:
-        """How this kind of SAE selects where "theta", "batch" or "topk" is asked for: here just so."""
+        """How this kind of SAE selects where "theta", "batch" or "topk" is asked for: here just that."""
         return check_choice("selection", asked, ("theta", "batch", "topk"))
 
     def training_selection(self, tokens_seen: int) -> str:
@@ -180,22 +180,22 @@ class SAE(nn.Module):
             return row_topk(z, row_k(self.config))
         if selection == "batch":
             return batch_topk(z, self.config.n_kept(len(z)))
-        return z.masked_fill(z.float() <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): NaN stays in sight
+        return z.masked_fill(z <= self.get_theta(), 0.0)  # not where(z > θ, z, 0): NaN stays in sight
 
     def as_rows(self, x: Tensor) -> Tensor:
-        """Activations x [..., D] as tokens [B, D] in the weights' dtype, on their device."""
+        """Activations x [..., D] as tokens [B, D] in the weights' dtype, on their device, and normalised."""
         check_activations(x, len(self.b_dec))
         return normalized(self.config, x.reshape(-1, x.shape[-1]).to(self.W_enc))
 
     def encode(self, x: Tensor, selection: str = "theta") -> Tensor:
-        """Activations x [..., D], of any float dtype, to latents f [..., F]. selection: "batch", over all rows of
-        x, or "topk", in each, as in training; or "theta", Z · 1[Z > θ], where rows do not depend on each other.
+        """Activations x [..., D], of any float dtype, to latents f [..., F]. selection: "batch", of all rows,
+        or "topk", in each, as in training; or "theta", Z · 1[Z > θ], where rows do not depend on each other.
         InputError for another D, dtype or selection; Unavailable where θ is needed and not estimated."""
         f = self.select(self.pre_activations(self.as_rows(x)), self.selection_for(selection))
         return f.to(self.W_enc.dtype).view(*x.shape[:-1], f.shape[-1])
 
     def encode_sparse(self, x: Tensor, selection: str = "theta") -> tuple[Tensor, Tensor]:
-        """What encode keeps: (row, latent) [2, m] int64, ascending, of x as rows [B, D]; values [m] float32."""
+        """What encode keeps: (row, latent) [2, m] int64, ascending, x being rows [B, D]; values [m]."""
         return active_entries(self, x, self.selection_for(selection))
 
     @own_precision
@@ -216,7 +216,7 @@ class SAE(nn.Module):
         return x.float().norm(dim=-1) <= (self.found.norm_limit or math.inf)
 
     def loss(self, x: Tensor, selection: str = "batch") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(L, mse, L_aux, f) for x [B, D]: mse = mean ‖X - X̂‖², L = mse + α · L_aux (paper, section 3)."""
+        """(L, mse, L_aux, f) of as_rows' x [B, D]: mse = mean ‖X - X̂‖², L = mse + α · L_aux (paper, 3)."""
         f = self.select(self.pre_activations(x), self.selection_for(selection))
         residual = x - self.decode(f)
         mse = residual.square().sum(1).mean()
@@ -224,7 +224,7 @@ class SAE(nn.Module):
         return mse + self.config.aux_coef * aux, mse, aux, f
 
     def learn_thresholds_(self, trainer: Trainer, stats: StepStats):
-        """θ = E[threshold of a batch] (paper, equation 4) as a running average; `train` ends with calibrate."""
+        """θ = E[threshold of a batch] (paper, equation 4), a running average; `train` ends with calibrate."""
         if stats.l0:
             trainer.last_threshold = stats.threshold
             rate = running_rate(THETA_RATE, trainer.steps)  # 1 at first, when θ is NaN and would stay so
@@ -232,19 +232,19 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> float:
-        """Set θ to the mean threshold of held-out batches, the smallest entry kept of each, and return it. Used
-        for each token alone, θ keeps about k entries on average. batches: any iterable of tensors [n, D] of any
-        n, cut into batches of B; a smaller rest and tokens that are too large (Config.max_norm) are left out.
+        """Set θ to the mean threshold of held-out batches, the smallest entry kept of each, and return it.
+        For each token alone, θ keeps about k entries on average. batches: any iterable of tensors [n, D], cut
+        into batches of B; a smaller rest and tokens that are too large (Config.max_norm) are left out.
         InputError if no entry is positive."""
         batches = batches_for(self, batches)
-        found = [(len(x), smallest(self, self.encode_sparse(x, "batch")[1])) for x in batches]  # ∞: none
-        thresholds = [threshold for n, threshold in found if n == found[0][0] and threshold < math.inf]
+        minima = [(len(x), smallest(self, self.encode_sparse(x, "batch")[1])) for x in batches]  # ∞: none
+        thresholds = [least for n, least in minima if n == minima[0][0] and least < math.inf]
         theta = check_theta(sum(thresholds) / max(1, len(thresholds)))  # 0 if there is none
         self.theta.fill_(theta)
         return theta
 
     def step_entries(self, centred: Tensor, hint, dtype: torch.dtype, selection: str) -> StepEntries:
-        """The entries that the sparse step keeps of x - b_dec = centred."""
+        """The entries that the sparse step keeps of x - b_dec = centred. hint, dtype: see find_entries."""
         return kept_entries(self, centred, hint, dtype, selection)
 
     def save(self, folder: str | os.PathLike):
@@ -253,7 +253,7 @@ class SAE(nn.Module):
 
     @staticmethod
     def load(folder: str | os.PathLike, device: str = "cpu") -> SAE:
-        """What save or SAELens wrote; its weights take no gradients. Unavailable or InputError if it cannot."""
+        """What save or SAELens wrote; its weights take no gradients. Unavailable; InputError if damaged."""
         return load_sae(folder, device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SAE:
@@ -285,7 +285,7 @@ def auxiliary_loss(sae: SAE, x: Tensor, residual: Tensor) -> Tensor:
 # ---- 5. θ: one number that stands in for the batch -----------
 
 def batch_threshold(f: Tensor, selection: str) -> float:
-    """The smallest positive entry of f [B, F], ∞ if there is none; after TopK the mean of its rows'."""
+    """The smallest positive entry of f [B, F], ∞ if there is none; for "topk" the mean of the rows'."""
     groups = f if selection == "topk" else f.reshape(1, -1)
     least = groups.masked_fill(groups <= 0, math.inf).amin(1)
     return float(least[least < math.inf].mean().nan_to_num(math.inf))  # NaN: the mean of none
@@ -310,18 +310,18 @@ class StepStats(NamedTuple):
     lr: float
 
 class Trainer:
-    """Trains one SAE step by step. normalize="scale" makes that independent of the size of x: Adam's steps have
-    the size of the learning rate, whatever the loss. That suits weights, which have no unit (f has that of x);
-    biases have the unit of x, so their learning rate is multiplied by x_std, its deviation per coordinate."""
-    @torch.inference_mode(False)  # what is made in it could not be changed by steps
+    """Trains one SAE step by step. normalize="scale" makes that independent of the size of x: Adam's steps
+    have the size of the learning rate, whatever the loss. Weights have no unit (f has that of x), but biases
+    have that of x, so their learning rate is multiplied by x_std, its deviation per coordinate."""
+    @torch.inference_mode(False)  # tensors that are made in it cannot be changed later
     def __init__(self, cfg: Config, sae: SAE | None = None):  # by default a new one
         self.cfg, self.device = cfg, resolve_device(cfg.device)
         self.sae = (make_sae(cfg) if sae is None else sae).to(self.device).requires_grad_()
-        self.tokens_seen, self.steps = 0, 0  # steps since the present way of selection began
+        self.tokens_seen, self.steps = 0, 0  # steps: of the present selection, for θ's average
         self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
         self.n_fired = torch.zeros_like(self.sae.tokens_since_fired)  # on how many tokens, of all seen
-        self.adam = {s: adam_state(p.data) for s, p in self.sae.named_parameters()}  # mean, square, count
+        self.adam = {name: adam_state(p.data) for name, p in self.sae.named_parameters()}
         self.cache = Cache()  # what the sparse step remembers; nothing is lost without it
 
     @torch.no_grad()
@@ -329,7 +329,7 @@ class Trainer:
         """Set x_std, variance and, if it is 0, b_dec from x [n, D]. If nobody did, the first step does it."""
         x = self.sae.as_rows(x)
         variance = float((x - x.mean(0)).square().sum(1).mean())
-        check_variance(variance, x, self.cfg)
+        check_trainable(variance, x, self.cfg)
         if self.cfg.init == "data" and not self.sae.b_dec.any():  # one that was loaded stays
             self.sae.b_dec.copy_(x.mean(0))
         self.variance = variance or 1.0  # one token has none
@@ -342,7 +342,7 @@ class Trainer:
         if not self.x_std:
             self.initialize_(x)
         selection = self.sae.training_selection(self.tokens_seen)
-        stats = STEPS[self.cfg.step](self, self.sae.as_rows(x))
+        stats = STEPS[self.cfg.step](self, self.sae.as_rows(x), selection)
         self.tokens_seen += len(x)
         self.steps += 1
         self.sae.learn_thresholds_(self, stats)
@@ -385,14 +385,14 @@ class Trainer:
         if name == "W_dec":
             W.div_(W.norm(dim=1, keepdim=True))
 
-def plain_step(trainer: Trainer, x: Tensor) -> StepStats:
+def plain_step(trainer: Trainer, x: Tensor, selection: str) -> StepStats:
     """One step on x [B, D], as SAE.as_rows gives it."""
-    sae, selection = trainer.sae, trainer.sae.training_selection(trainer.tokens_seen)
+    sae = trainer.sae
     total, mse, aux, f = sae.loss(x, selection)
     check_finite(mse.item(), trainer.tokens_seen)  # before anything is changed
     names, parameters = zip(*sae.named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(total * loss_scale(trainer.x_std), parameters)))
-    learning = gradients["W_dec"].any(1).nonzero().squeeze(1)  # others: 0, not active, nor in L_aux
+    learning = gradients["W_dec"].any(1).nonzero().squeeze(1)  # others: neither active nor in L_aux
     for name, g in gradients.items():
         rows = learning if name in ("W_enc", "W_dec", "b_enc") else slice(None)
         trainer.update_rows_(name, g[rows], rows)
@@ -410,10 +410,11 @@ def train(cfg: Config, batches: Iterable[Tensor], on_step=lambda tokens, stats: 
     """Train an SAE on cfg.tokens tokens and calibrate its θ on held-out ones.
 
     batches: any iterable of float tensors [n, D] of any n, shuffled. First some tokens are set aside for
-    b_dec, x_std, the limit of max_norm and θ: 5 % of cfg.tokens, at most cfg.eval_tokens, at least one batch.
-    A generator has to give cfg.tokens after these; a list starts again when it ends, without them.
-    on_step(tokens seen, [StepStats]) is called after each step; True ends training.
-    InputError if the batches end early, or if nothing can be learnt from them.
+    b_dec, x_std, the limit of max_norm and θ: 5 % of cfg.tokens (of a list, if it is shorter), at most
+    cfg.eval_tokens, at least a batch. A generator has to give cfg.tokens after these that are not too large;
+    a list starts again when it ends, without them.
+    on_step(tokens seen, [StepStats]) is called after each step; True ends training. InputError if the batches
+    end early, or if nothing can be learnt from them.
     """
     trainer = Trainer(cfg)
     held_out, others = set_aside(cfg, batches, trainer.device)
@@ -454,7 +455,8 @@ def choices_of(field: dataclasses.Field) -> Iterable[str]:
     return tables.get(field.name, field.metadata["choices"])
 
 def check_config(cfg: Config):
-    """InputError for a value that a field does not accept, or values that do not fit together."""
+    """InputError for a value that a field does not accept, or values that do not fit together. Numbers become
+    int or float: 1e6 and NumPy's, too."""
     for field in dataclasses.fields(cfg):
         name, value, rules = field.name, getattr(cfg, field.name), field.metadata
         if getattr(value, "ndim", None) == 0:  # a number of NumPy's or torch's
@@ -490,13 +492,13 @@ def check_given(batches, tokens_seen: int, tokens: int):
 SIZES = 1e-15, 1e15  # of activations whose squares float32 holds with all digits
 
 def loss_scale(x_std: float) -> float:
-    """The power of two that a step multiplies the loss by before its gradients are taken, and so ε.
+    """The power of two by which a step multiplies the loss before its gradients are taken, and ε with it.
 
     It is 1 for usual activations. float32 cannot hold the squares of gradients of very small or large ones.
     """
     return 4.0 ** (-16 * int(math.log2(x_std) / 16))
 
-def check_variance(variance: float, x: Tensor, cfg: Config):
+def check_trainable(variance: float, x: Tensor, cfg: Config):
     """InputError if tokens x [n, D] are not finite, too small or large to be trained on, or all equal."""
     check_tokens(x, "x is", "")
     (low, high), size, square = SIZES, float(x.abs().max()), float(x.square().sum(1).mean())
@@ -518,9 +520,9 @@ def check_tokens(x: Tensor, what: str, advice: str):
     n = int((~x.isfinite()).any(1).sum())
     check(not n, f"{what} not finite on {n} of {len(x)} tokens{advice}")
 
-def check_finite(loss: float, tokens_seen: int):
-    """InputError unless a step's loss is a number."""
-    check(math.isfinite(loss), f"loss {loss} at token {tokens_seen}: x is not finite, or lr is too high")
+def check_finite(mse: float, tokens_seen: int):
+    """InputError unless a step's error is a number."""
+    check(math.isfinite(mse), f"loss {mse} at token {tokens_seen}: x is not finite, or lr is too high")
 
 def check_kind(cfg: Config, sae: SAE) -> Config:
     """cfg, if it is one for SAEs of this class."""
@@ -557,7 +559,7 @@ class Cache(dict):
         return Cache, ()
 
 def row_k(cfg: Config) -> int:
-    """How many entries each token keeps where training begins as TopK: a whole number."""
+    """How many entries each token keeps by "topk": a whole number."""
     return max(1, round(cfg.k))
 
 @own_precision
@@ -588,7 +590,7 @@ def restored(cfg: Config, x_hat: Tensor, x: Tensor) -> Tensor:
     return x_hat * std + mean
 
 def in_float32(sae: SAE, convert: Callable, fn: Callable[[Tensor], Tensor], recurse: bool) -> SAE:
-    """SAE._apply: convert(fn, recurse), after which thresholds are what they were, moved alone."""
+    """SAE._apply: convert(fn, recurse), which may round; thresholds get their values back, on its device."""
     exact = {name: t for name, t in sae.state_dict().items() if name in ("theta", "log_threshold")}
     convert(fn, recurse)
     for name, t in exact.items():
@@ -603,7 +605,7 @@ def adam_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p[:, :1] if p.ndim == 2 else p)
 
 def smallest(sae: SAE, values: Tensor) -> float:
-    """The smallest of the values, in all processes that share the SAE; ∞ if there is none."""
+    """The smallest of the values, of all processes that share the SAE (section 13); ∞ if there is none."""
     own = float(values.min()) if len(values) else math.inf
     return float(sae.processes.gather(torch.tensor(own, dtype=torch.float64)).min())
 
@@ -649,28 +651,26 @@ def batches_for(sae: SAE, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     return rebatch(batches, sae.config.batch_size, sae.W_dec.device)
 
 def set_aside(cfg: Config, batches: Iterable[Tensor], device: torch.device):
-    """Held-out batches for bt.train, and a function of a norm limit that gives the other tokens.
+    """Held-out batches for train, and a function of a norm limit that gives all other tokens.
 
-    A list that is shorter than the run gives 5 % of its own tokens. When it starts again these are left out,
-    unless they are all there is.
+    A list that is shorter than the run gives 5 % of its own tokens. When it starts again these are left out;
+    if there are no others they are trained on, too, with a warning.
     """
     n_tokens, batches = cfg.tokens, [batches] if isinstance(batches, Tensor) else batches
     if isinstance(batches, (list, tuple)):
         n_tokens = min(n_tokens, sum(x.numel() // cfg.d_model for x in batches))
     n = max(1, min(cfg.eval_tokens, n_tokens // 20) // cfg.batch_size)
-    first = rebatch(leave_out(batches, 0), cfg.batch_size, device)
-    held_out, left = list(itertools.islice(first, n)), list(itertools.islice(first, 1))
+    first = rebatch(batches, cfg.batch_size, device)
+    held_out, one_more = list(itertools.islice(first, n)), list(itertools.islice(first, 1))
 
     def from_the_start():
-        tokens = rebatch(leave_out(batches, 0), cfg.batch_size, device)
-        if left:
-            return itertools.islice(tokens, n, None)
-        warnings.warn(f"the batches hold {sum(map(len, held_out)):,} tokens: θ is calibrated on tokens that are "
-                      "trained on")
-        return tokens
+        if not one_more:
+            warnings.warn(f"the batches hold {sum(map(len, held_out)):,} tokens: θ is calibrated on tokens "
+                          "that are trained on")
+        return itertools.islice(rebatch(batches, cfg.batch_size, device), n if one_more else 0, None)
 
-    def others(norm_limit):
-        yield from leave_out(itertools.chain(left, first), norm_limit)
+    def others(norm_limit):  # which is applied to each pass: one that gives nothing is the last
+        yield from leave_out(itertools.chain(one_more, first), norm_limit)
         yield from repeat(lambda: leave_out(from_the_start(), norm_limit))
 
     return held_out, others
@@ -682,7 +682,7 @@ class LeftOut(NamedTuple):
     variance: float  # share of the variance of all
 
 def outliers(x: Tensor, max_norm: float) -> LeftOut:
-    """The limit of norms for a run whose first activations are x [n, D]: max_norm times their median.
+    """The limit of norms for a run whose first activations are x [n, D]: max_norm times their median norm.
 
     In many models a few tokens, mostly near the beginning, have norms a hundred times as large as the others'
     (Sun et al. 2024, "Massive activations"). They would take a batch's latents for themselves.
@@ -709,8 +709,8 @@ def find_limit_(sae: SAE, batches: list[Tensor]) -> float:
         limit, tokens, variance = outliers(x, sae.config.max_norm)
         sae.found = dataclasses.replace(sae.found, norm_limit=limit)
         if tokens:
-            warnings.warn(f"tokens whose norm is over {limit:.4g} are left out, {tokens:.2%} of the first, with "
-                          f"{variance:.1%} of the variance; max_norm says so")
+            warnings.warn(f"tokens whose norm is over {limit:.4g} are left out, {tokens:.2%} of the first, "
+                          f"with {variance:.1%} of the variance; max_norm says so")
     return sae.found.norm_limit
 
 # ---- 7. The same step, sparse --------------------------------
@@ -721,7 +721,8 @@ def find_limit_(sae: SAE, batches: list[Tensor]) -> float:
 
 CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}  # pre-activations held at a time; 16 MiB fit a CPU's cache
 UPDATE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 26}  # entries of a weight matrix updated at a time
-# By how much bfloat16 may err: a share of the product, and of ‖x‖ / √D (rows of W_enc have norms near 1)
+# By how much bfloat16 errs, measured, for rows of W_enc of norms near 1: a share of the product, and one of
+# ‖x‖ / √D (where a batch selects, of the root mean square of its norms)
 BFLOAT16_ERROR, BFLOAT16_NOISE = 0.006, 0.02
 HINT = 0.95  # the search starts at this share of the last step's threshold
 
@@ -734,15 +735,15 @@ class Entries(NamedTuple):
 class StepEntries(NamedTuple):
     """What a training step keeps, and what a kind of SAE adds to the loss."""
     entries: Entries
-    right: Tensor | None = None  # whether try_largest found what it should, 0.0 or 1.0
+    right: Tensor | None = None  # 1.0 if try_largest found all that it should, else 0.0; None: not tried
     l0_coef: float = 0.0  # the loss has this times l0
     own_gradients: Callable[[Tensor, float], dict[str, Tensor]] = lambda g, scale: {}  # of its own parameters
 
 class StepKind(NamedTuple):
     """What decides, beside the shape of x, which operations a step is made of."""
     selection: str
-    n_dead: int  # dead latents of this process; with kernels rounded up to a power of two, so that kinds are few
-    n_dead_of_all: int
+    n_dead: int  # dead latents of this process; with kernels rounded up to a power of two, so that kinds are
+    n_dead_of_all: int  # few: L_aux then has room for so many, and takes as few tokens as for so many
     scale: float  # loss_scale
 
 class StepNumbers(NamedTuple):
@@ -767,25 +768,24 @@ class Gradients(NamedTuple):
     numbers: Tensor  # StepNumbers
 
 @torch.no_grad()
-def sparse_step(trainer: Trainer, x: Tensor) -> StepStats:
+def sparse_step(trainer: Trainer, x: Tensor, selection: str) -> StepStats:
     """plain_step from the kept entries alone. Under torchrun each process has its own latents."""
-    sae, cfg, kind = trainer.sae, trainer.cfg, step_kind(trainer)
-    for hint in (HINT * trainer.last_threshold, 0.0):  # the second if the first was too high, or too low
+    sae, cfg, kind = trainer.sae, trainer.cfg, step_kind(trainer, selection)
+    for hint in (HINT * trainer.last_threshold, 0.0):  # the second, without recording, if try_largest failed
         step = find_recording(trainer, x, hint, kind) or DirectStep(trainer, kind)
         numbers, n_entries, l0_coef = step.compute(x, hint)
-        of_all = [StepNumbers(*found) for found in sae.processes.gather(numbers).tolist()]  # a GPU's one wait
+        of_all = [StepNumbers(*each) for each in sae.processes.gather(numbers).tolist()]  # a GPU's one wait
         check_finite(of_all[0].mse, trainer.tokens_seen)  # before anything is changed
         if of_all[0].right:
             break
     lr = trainer.learning_rate()
     step.change_(lr)
-    mse, aux, _, n_own_dead, _ = of_all[sae.processes.rank]
-    n_dead = int(sum(found.n_dead for found in of_all))
-    remember_dead_(trainer, int(n_own_dead), n_dead)
+    own, n_dead = of_all[sae.processes.rank], int(sum(each.n_dead for each in of_all))
+    remember_dead_(trainer, int(own.n_dead), n_dead)
     l0 = sae.processes.total(n_entries) / len(x)
-    total = mse + cfg.aux_coef * aux + l0_coef * l0
-    threshold = min(found.threshold for found in of_all)
-    return StepStats(total, mse, aux, mse / trainer.variance, l0, n_dead, threshold, lr)
+    total = own.mse + cfg.aux_coef * own.aux + l0_coef * l0
+    threshold = min(each.threshold for each in of_all)
+    return StepStats(total, own.mse, own.aux, own.mse / trainer.variance, l0, n_dead, threshold, lr)
 
 STEPS["sparse"] = sparse_step
 
@@ -804,11 +804,10 @@ class DirectStep:
         """Change weights, biases and counters."""
         apply_(self.trainer, self.new, lr, self.kind.scale)
 
-def step_kind(trainer) -> StepKind:
+def step_kind(trainer, selection) -> StepKind:
     """The kind of the next step."""
-    silent, selection = trainer.sae.tokens_since_fired, trainer.sae.training_selection(trainer.tokens_seen)
     n_dead, n_dead_of_all = count_dead(trainer)
-    if n_dead and has_kernels(silent) and trainer.sae.processes.size == 1:
+    if n_dead and has_kernels(trainer.sae.tokens_since_fired) and trainer.sae.processes.size == 1:
         n_dead = n_dead_of_all = 1 << (n_dead - 1).bit_length()
     return StepKind(selection, n_dead, n_dead_of_all, loss_scale(trainer.x_std))
 
@@ -831,7 +830,7 @@ def remember_dead_(trainer, *counts):
     trainer.cache["dead"] = silent, silent._version, counts
 
 def step_gradients(sae, x, hint, kind: StepKind) -> Gradients:
-    """Loss and gradients of x [B, D]. hint: a number or a tensor, see find_entries."""
+    """Loss and gradients of x [B, D]. hint: as for find_entries, or a tensor in a recording."""
     dtype, centred = choose_dtype(sae.config.encoder_dtype, x.device), (x - sae.b_dec).contiguous()
     kept = sae.step_entries(centred, hint, dtype, kind.selection)
     latent, row, value = kept.entries
@@ -883,9 +882,10 @@ def apply_(trainer, new: Gradients, lr, scale):
 
 def kept_entries(sae, centred, hint, dtype, selection) -> StepEntries:
     """SAE.step_entries."""
-    find = try_largest if can_try(sae, centred, hint) else find_entries
-    found = find(sae, centred, hint, n_selected(sae.config, len(centred), selection), dtype, selection == "topk")
-    return found if find is try_largest else StepEntries(found)
+    n, per_row = n_selected(sae.config, len(centred), selection), selection == "topk"
+    if can_try(sae, centred, hint):
+        return try_largest(sae, centred, hint, n, dtype, per_row)
+    return StepEntries(find_entries(sae, centred, hint, n, dtype, per_row))
 
 def n_selected(cfg, n_rows, selection) -> int:
     """How many entries are kept: for "topk" of each row."""
@@ -900,7 +900,7 @@ def find_entries(sae, centred, hint, n, dtype=torch.float32, per_row=False) -> E
     Args: centred, x - b_dec [B, D]; hint, a number where the search begins, which changes nothing in the
         result: if fewer than n exceed it, all is repeated (per_row: not used).
         dtype, of the product. In bfloat16 it only nominates entries: their values are computed again in
-        float32, and decide.
+        float32, and decide. One could only be missed by an error beyond BFLOAT16_ERROR and BFLOAT16_NOISE.
     """
     for start in (0.0,) if per_row else (hint, 0.0):
         index, value = largest_above(sae, centred, start, n, dtype, per_row)
@@ -911,11 +911,11 @@ def find_entries(sae, centred, hint, n, dtype=torch.float32, per_row=False) -> E
 
 @torch.no_grad()
 def entries_above(sae, centred, threshold, dtype=torch.float32) -> Entries:
-    """All pre-activations that exceed a threshold: a number, or one for each latent [F]. dtype: see find_entries.
-    A NaN counts as above, so that it is seen."""
+    """All pre-activations that exceed a threshold: a number, or one for each latent [F]. A NaN counts as
+    above, so that it is seen. dtype: see find_entries."""
     threshold = torch.as_tensor(threshold, dtype=torch.float32, device=centred.device).expand(len(sae.b_enc))
     product = Product(sae, centred, dtype, False)
-    found = [product.above(part, z, threshold[part]) for part, z in product.chunks(1)]
+    found = [product.above_(part, z, threshold[part]) for part, z in product.chunks(1)]
     index, value = map(torch.cat, zip(*found))
     if dtype != torch.float32:
         index, value = decided(sae, centred, index, threshold)
@@ -937,7 +937,7 @@ def largest_above(sae, centred, hint, n, dtype, per_row):
     for part, z in product.chunks(4, first=1 + 2 * n // n_rows if rising else None):
         if per_row and not part.start:
             row_threshold = product.row_level(z[: 16 * n], n)
-        new = product.above(part, z, threshold[part], row_threshold)
+        new = product.above_(part, z, threshold[part], row_threshold)
         index, value = torch.cat([index, new[0]]), torch.cat([value, new[1]])
         if part.stop == len(sae.b_enc) or len(value) > 2 * wanted:
             best, raised = n_largest(index % n_rows, value, product.error(index, value), n, row_threshold)
@@ -950,8 +950,8 @@ def largest_above(sae, centred, hint, n, dtype, per_row):
     return index, value
 
 def decided(sae, centred, index, threshold):
-    """Of candidates (latent · B + row) those whose pre-activation exceeds their latent's threshold in float32,
-    and these values."""
+    """Of candidates (latent · B + row) those whose pre-activation in float32 exceeds their latent's
+    threshold, and these values."""
     latent, row = index // len(centred), index % len(centred)
     value = dots(sae.W_enc.float(), centred, latent, row) + sae.b_enc.float()[latent]
     above = (~(value <= threshold[latent])).nonzero().squeeze(1)  # a mask would wait twice
@@ -979,8 +979,8 @@ class Product:
         self.columns, self.rest = columns.T, torch.addmv(sae.b_enc.float(), sae.W_enc.float(), mean)
 
     def chunks(self, parts, first=None):
-        """(which latents, their product [r, B]), in at least so many parts; `first` latents, then twice as
-        many as before. All use the same memory."""
+        """(which latents, their product [r, B]) in so many chunks or more, each in the memory of the last.
+        The first is of `first` latents if given; then sizes double."""
         (n_latents, _), (_, n_rows) = self.W_enc.shape, self.columns.shape
         most = max(1, min(-(-n_latents // parts), CHUNK_ENTRIES[self.columns.device.type] // n_rows))
         scratch = torch.empty(most, n_rows, dtype=self.dtype, device=self.columns.device)
@@ -998,9 +998,9 @@ class Product:
             return least
         return least.sub(least.abs(), alpha=BFLOAT16_ERROR).sub_(noise)
 
-    def above(self, part, z, threshold, row_threshold=None):
-        """The entries of a chunk z [r, B] that may exceed their latent's threshold [r], or their row's [B]:
-        index (latent · B + row) and value, as the product tells it."""
+    def above_(self, part, z, threshold, row_threshold=None):
+        """The entries of a chunk z [r, B] that may exceed their latent's threshold [r], or their row's [B]
+        where the former are 0: index (latent · B + row), and value by the product. It may change z."""
         rest, noise, n_rows, least = self.rest[part], self.noise, z.shape[1], None
         if row_threshold is not None:
             least, noise = self.least(row_threshold, 0.0, noise).to(z.dtype), 0.0
@@ -1018,7 +1018,7 @@ class Product:
         return BFLOAT16_ERROR * (value - self.rest[index // n_rows]).abs() + noise
 
     def row_level(self, z, n):
-        """A threshold for each row [B] that n entries exceed, of which z [r, B] are the first; or 0."""
+        """A threshold for each row [B] that at least n of its first entries, z [r, B], exceed; or 0."""
         if len(z) < n:
             return torch.zeros_like(z[0], dtype=torch.float32)
         least = z if self.dtype == torch.float32 else torch.sub(z, z.abs(), alpha=BFLOAT16_ERROR)
@@ -1054,7 +1054,7 @@ def n_largest(row, value, error, n, row_threshold):
     return stays.nonzero().squeeze(1), raised
 
 def row_places(row, n_rows: int, width: int):
-    """[n_rows, width]: at which places of `row` [m] each number stands, the first `width`; m for none."""
+    """[n_rows, width]: the places in `row` [m] at which each number stands, ascending, filled up with m."""
     m, (row_sorted, order) = len(row), row.int().sort(stable=True)
     starts = group_starts(row_sorted, n_rows)
     place = starts[:-1, None] + torch.arange(width, device=row.device)
@@ -1102,12 +1102,12 @@ def update_latents_(trainer, new: Gradients, lr):
     if has_kernels(new.g) and D <= WIDEST:
         return launch_update_latents_(trainer, new, lr)
     learning = (new.starts.diff() > 0).index_fill_(0, d_aux.dead[d_aux.W_dec.any(1)], True)
-    size = UPDATE_ENTRIES[new.g.device.type] // D + 1  # gradients and rows are used while they are in the cache
+    size = UPDATE_ENTRIES[new.g.device.type] // D + 1  # gradients and rows are used while in the cache
     for first in range(0, len(learning), size):
         update_block_(trainer, new, first, learning[first : first + size])
 
 def update_block_(trainer, new, first, learning):
-    """update_latents_ of consecutive latents from `first` on, of which those that are `learning` got a gradient.
+    """update_latents_ of consecutive latents from `first` on; those that are `learning` got a gradient.
 
     If most of them learn it is faster to step all without copies, and to give the others their rows back.
     """
@@ -1126,8 +1126,8 @@ def update_block_(trainer, new, first, learning):
             rows.index_copy_(0, resting, old)
 
 def latent_gradients(new, latents, stop):
-    """(name of a parameter, gradient of its rows) for ascending latents [r] below `stop`, in the order in which
-    they are needed. Others between them have no entries.
+    """(name of a parameter, gradient of its rows) for ascending latents [r] below `stop`, one at a time, so
+    that one alone is held. Latents that are left out between them have no entries.
 
     The gradients are sums over a latent's entries: of W_dec fᵀ g, of W_enc (∂mse/∂Z)ᵀ (X - b_dec).
     """
@@ -1204,8 +1204,8 @@ def choose_dtype(name, device):
 
 # A step of PyTorch's operators launches hundreds of kernels and waits for the device whenever a tensor's size
 # depends on what was found. These Triton kernels need neither: sizes are fixed, and the number of entries
-# stays on the GPU. No atomic additions: sums always have the same order. The docstrings give the operator
-# that a kernel replaces. TRITON_INTERPRET=1 runs them on a CPU, for tests.
+# stays on the GPU. No atomic additions of floats: sums always have the same order. The docstrings give the
+# operator that a kernel replaces. TRITON_INTERPRET=1 runs them on a CPU, for tests.
 
 try:
     import triton
@@ -1234,7 +1234,7 @@ def kernels_run(device: torch.device) -> bool:
             kernels_work[device] = True
         except Exception as error:
             kernels_work[device] = False
-            why = "it is not installed" if triton is None else f"{error!r}".splitlines()[0]
+            why = "it cannot be imported" if triton is None else f"{error!r}".splitlines()[0]
             warnings.warn(f"Triton does not work on {device} ({why}): steps take several times as long")
     return kernels_work[device]
 
@@ -1299,7 +1299,7 @@ def launch(kernel, grid, out, *arguments, **options):
 
 @kernel
 def is_above(z, least, row_least, l, r, B, ROWS: tl.constexpr):
-    """~(z[l, r] <= least[l]), with ROWS + row_least[r]: so a NaN is above, too."""
+    """~(z[l, r] <= least[l]), with ROWS least[l] + row_least[r]: so a NaN is above, too."""
     bar = tl.load(least + l)
     if ROWS:
         bar += tl.load(row_least + r, mask=r < B, other=0.0)
@@ -1392,8 +1392,7 @@ def try_largest(sae, centred, hint, n, dtype, per_row=False) -> StepEntries:
     CANDIDATES times as many as are kept, which it can hold.
     """
     n_rows, row_least = len(centred), None
-    n_kept, size = n * n_rows if per_row else n, max(1, CHUNK_ENTRIES[centred.device.type] // n_rows)
-    product = Product(sae, centred, dtype, per_row)
+    n_kept, product = n * n_rows if per_row else n, Product(sae, centred, dtype, per_row)
     rest, noise = product.rest, product.noise
     least = product.least(0.0 if per_row else hint, rest, 0.0 if per_row else noise)
     places = torch.zeros(2, CANDIDATES * n_kept, dtype=torch.int64, device=centred.device)
@@ -1401,13 +1400,11 @@ def try_largest(sae, centred, hint, n, dtype, per_row=False) -> StepEntries:
     if per_row:
         counts = torch.zeros(LEVELS, n_rows, dtype=torch.int32, device=centred.device)
         lowest = torch.zeros_like(rest[:1]).add_(hint / 256)
-    for first in range(0, len(least), size):
-        z = torch.mm(sae.W_enc[first : first + size].to(dtype), product.columns)
+    for part, z in product.chunks(1):
         if per_row:
-            level = raise_row_level_(counts, z, rest[first : first + size], noise, lowest, n)
+            level = raise_row_level_(counts, z, rest[part], noise, lowest, n)
             row_least = product.least(level, 0.0, noise)
-        found = collect(z, least[first:], places, found, first, row_least)
-        del z  # before the next is made
+        found = collect(z, least[part], places, found, part.start, row_least)
     latent, row = places
     value = launch_dots(sae.W_enc, centred, latent, row, found).add_(sae.b_enc[latent]).relu_()
     right = found[0] <= len(value)
@@ -1527,7 +1524,7 @@ def update_kernel(W_enc, mean_enc, square_enc, count_enc, factor_enc, epsilon_en
                   W_b, mean_b, square_b, count_b, factor_b, epsilon_b, lr, log_beta1, log_beta2,
                   row, value, d_value, starts, runs, g, c, d_b_enc, aux_place, aux_enc, aux_dec, D,
                   AUX: tl.constexpr, RUN: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
-    """The whole update of latent l: it has the entries starts[l] ≤ e < starts[l + 1]. Arguments come by name."""
+    """The whole update of latent l, whose entries are starts[l] ≤ e < starts[l + 1]. Arguments are named."""
     l, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, end = tl.load(starts + l), tl.load(starts + l + 1)
     first_run, end_run = (first + RUN - 1) // RUN, end // RUN  # the whole runs in between were summed before
@@ -1586,7 +1583,7 @@ def launch_update_latents_(trainer, new, lr):
            log_beta2=log_beta2, **given, starts=starts, runs=runs, g=g, c=new.centred, d_b_enc=new.d_b_enc,
            aux_place=place, aux_enc=d_aux.W_enc, aux_dec=d_aux.W_dec, AUX=m > 0, **shape)
 
-# All that a step launches as two CUDA graphs
+# Two CUDA graphs: step_gradients, and after the host has read its numbers apply_
 
 class RecordedStep:
     """DirectStep's launches before the host's wait, and those after it, each repeated as one.
@@ -1606,7 +1603,7 @@ class RecordedStep:
         with torch.cuda.graph(self.after, self.before.pool(), **options):
             apply_(trainer, new, self.lr, kind.scale)
         torch._C._cuda_clearCublasWorkspaces()
-        # what the host reads; the memory of all else serves other recordings too: none is run between the two
+        # what the host reads; other memory is shared with other recordings: none of them runs between the two
         self.numbers, self.n_entries = new.numbers, len(new.kept.entries.value)
 
     def compute(self, x, hint):
@@ -1627,7 +1624,7 @@ def record(trainer, x, hint, kind, pool) -> RecordedStep | None:
     """A recording that does what its launches do one by one; else None, and there are none on this device."""
     lr = trainer.learning_rate()
     try:
-        with torch.cuda.stream(torch.cuda.current_stream(x.device)):  # also after a recording that broke off
+        with torch.cuda.stream(torch.cuda.current_stream(x.device)):  # restored if recording breaks off
             step = RecordedStep(trainer, x, kind, pool)
         check_same(trainer, lambda: trial_step(step, x, hint, lr),
                    lambda: trial_step(DirectStep(trainer, kind), x, hint, lr))
@@ -1651,17 +1648,17 @@ def find_recording(trainer, x, hint, kind: StepKind) -> RecordedStep | None:
     jumps, wide = trainer.cfg.activation == "jumprelu", x.shape[1] > WIDEST
     if not x.is_cuda or jumps or wide or not can_try(trainer.sae, x, hint):
         return None
-    recordings, kind_of_all = recordings_of(trainer), (kind, x.shape, x.dtype)
-    if kind_of_all not in recordings:
+    recordings, key = recordings_of(trainer), (kind, x.shape, x.dtype)
+    if key not in recordings:
         if len(recordings) < MOST_KINDS:
-            recordings[kind_of_all] = None  # it came once
-    elif recordings[kind_of_all] is None:
+            recordings[key] = None  # it came once
+    elif recordings[key] is None:
         pool = next((step.before.pool() for step in recordings.values() if step), None)
-        recordings[kind_of_all] = record(trainer, x, hint, kind, pool)
-    return recordings.get(kind_of_all)
+        recordings[key] = record(trainer, x, hint, kind, pool)
+    return recordings.get(key)
 
 def recordings_of(trainer) -> dict:
-    """What was recorded for a trainer, by kind. Graphs have tensors and rates in them, and go if these change."""
+    """What was recorded for a trainer, by kind. Graphs hold tensors and rates, and go if these change."""
     sae, adam = trainer.sae, itertools.chain(*trainer.adam.values())
     tensors = itertools.chain(sae.parameters(), sae.buffers(), adam, [trainer.n_fired])
     bound = trainer.cfg, trainer.x_std, tuple(t.data_ptr() for t in tensors)
@@ -1675,14 +1672,15 @@ class TopKSAE(SAE):
     """Keeps k latents of each token, in training and at inference."""
 
     def selection_for(self, asked):
-        return super().selection_for(asked) and "topk"
+        super().selection_for(asked)  # which checks it
+        return "topk"
 
     def training_selection(self, tokens_seen):
         return "topk"
 
-JUMP_START = 0.3  # share of the run in which JumpReLU selects as BatchTopK and all thresholds follow its θ;
-JUMP_AFTER = 0.1  # after topk_start at least this share
-WINDOW = 0.03  # width ε of the kernel, in units of the inputs' root mean squared norm (their paper: 0.001)
+JUMP_START = 0.3  # share of the run at which JumpReLU, until then BatchTopK, begins to learn its thresholds,
+JUMP_AFTER = 0.1  # but at least this share after topk_start
+WINDOW = 0.03  # width ε of the window around θ, in units of √variance (their paper: 0.001)
 L0_RATE = 0.1  # how fast the penalty's weight λ follows L0 / k, per step
 
 class JumpReLUSAE(SAE):
@@ -1700,12 +1698,13 @@ class JumpReLUSAE(SAE):
         return self.log_threshold.exp()
 
     def selection_for(self, asked):
-        return super().selection_for(asked) and "theta"
+        super().selection_for(asked)
+        return "theta"
 
     def loss(self, x, selection="batch"):
-        """SAE.loss, with f as in a run of BatchTopK at first, and then with the penalty λ · L0."""
+        """SAE.loss with the penalty λ · L0. While λ is 0, as after loading, f is select(z, selection)."""
         coef, width = self.penalty.tolist()
-        z, sparsity = self.pre_activations(x), 0 * self.log_threshold.sum()  # a gradient of 0, for Adam's counts
+        z, sparsity = self.pre_activations(x), 0 * self.log_threshold.sum()  # autograd needs a gradient
         if coef:
             f, n_active = jumprelu(z, self.get_theta(), width)
             sparsity = coef * n_active / len(x)
@@ -1717,13 +1716,13 @@ class JumpReLUSAE(SAE):
         return mse + self.config.aux_coef * aux + sparsity, mse, aux, f
 
     def step_entries(self, centred, hint, dtype, selection):
-        """The entries above θ and those near it, whose f is 0 and which move the thresholds."""
+        """The entries above θ. Those within ε/2 of it move the thresholds, by own_gradients."""
         coef, width = self.penalty.tolist()
         if not coef:
             zero = torch.zeros_like(self.log_threshold)
             kept = super().step_entries(centred, hint, dtype, selection)
             return kept._replace(own_gradients=lambda g, scale: {"log_threshold": zero})
-        lowest = (self.get_theta() - 0.51 * width).clamp_min(0)
+        lowest = (self.get_theta() - 0.51 * width).clamp_min(0)  # 0.51: some room for rounding
         latent, row, z = entries_above(self, centred, lowest, dtype)
 
         def own_gradients(g, scale):
@@ -1903,7 +1902,7 @@ class LanguageModel:
         raise InputError("the module at this site returns no tensor [n, T, D]; choose another")
 
     def is_read(self, ids: Tensor, h: Tensor) -> Tensor:
-        """Where the SAE reads activations h [n, T, D] of ids [n, T]: bool [n, T], is_kept up to norm_limit."""
+        """Where the SAE reads activations h [n, T, D] of ids [n, T]: bool, is_kept up to norm_limit."""
         kept = self.is_kept(ids)
         if self.norm_limit:
             kept &= ~(h.float().norm(dim=-1) > self.norm_limit)  # a NaN is read, so that it is noticed
@@ -2336,8 +2335,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], lm: LanguageModel | None = Non
              contexts: Tensor | None = None) -> dict:
     """Metrics on held-out activations [n, D], for both selections. Changes nothing in the SAE.
 
-    Returns {"tokens": how many, "left_out": the share that was too large for the SAE (Config.max_norm), "batch":
-    metrics, "theta": metrics}, the metrics being
+    Returns {"tokens": how many, "left_out": share of the given tokens that were too large (Config.max_norm),
+    "batch": metrics, "theta": metrics}, the metrics being
         l0, l0_histogram: mean active latents per token; [c] tokens with c active latents, c = 0, 1, 2 …
         mse, fvu: mean over tokens of ‖x - x̂‖²; Σ‖x - x̂‖² / Σ‖x - x̄‖², x̄ the mean of all tokens
         explained_variance, nmse: 1 - fvu; fvu of standardised tokens, x̄ their own means (the paper's)
@@ -2389,7 +2388,8 @@ def reconstruct(sae, x, selection):
     (row, latent), value = sae.encode_sparse(x, selection)
     x_hat = sae.processes.sum_(sum_rows(sae.W_dec, latent, value, group_starts(row, len(x))))
     active = sae.processes.sum_(torch.bincount(row, minlength=len(x)))
-    return restored(sae.config, x_hat + sae.b_dec, x), active, torch.bincount(latent, minlength=len(sae.b_enc))
+    fired = torch.bincount(latent, minlength=len(sae.b_enc))
+    return restored(sae.config, x_hat + sae.b_dec, x), active, fired
 
 @torch.no_grad()
 def splice_losses(saes, lm, contexts, mean, on_context=None):
@@ -2697,7 +2697,8 @@ def export(sae: SAE, path: str | os.PathLike, x: Tensor | None = None, *, format
     x = x.cpu()
     active = len(sae.encode_sparse(x)[1])
     for fine, what in [(all(t.isfinite().all() for t in sae.parameters()), "weights that are not finite"),
-                       ((sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01, "decoder rows without norm 1"),
+                       ((sae.W_dec.norm(dim=1) - 1).abs().max() < 0.01 or sae.config.activation == "topk",
+                        "decoder rows without norm 1"),  # load_saelens can give TopK such rows
                        (theta.isfinite().all() and theta.min() > 0, f"a threshold of {theta.min():g}")]:
         check(fine, f"the SAE has {what}; no training leaves that")
     check(active, "no latent is active on x: x, the SAE or its θ is wrong")
@@ -2839,7 +2840,7 @@ def load_config(folder: Path) -> tuple[Config, Found, str]:
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that share an SAE's latents. One alone has them all: of its own are all sums and maxima."""
+    """Those that share an SAE's latents. One alone has all: sum_ gives back its tensor, gather one of [1, …]."""
     rank: int = 0
     size: int = 1
 
@@ -2852,7 +2853,7 @@ class Processes:
             cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
             local = int(os.environ["LOCAL_RANK"])
             if device not in ("auto", "cpu", "cuda") or cuda and local >= torch.cuda.device_count():
-                raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU for each")
+                raise InputError(f"device is {device!r}; several processes need cpu, or cuda and a GPU each")
             if cuda:
                 torch.cuda.set_device(local)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -2877,7 +2878,7 @@ class Processes:
         return sae
 
     def sum_(self, t: Tensor) -> Tensor:
-        """The sum of the processes' tensors, in place. Its gradient is that of the own part."""
+        """The sum of the processes' tensors, in place."""
         if self.size > 1:
             with explained("another process of this run has ended, or cannot be reached", Unavailable):
                 dist.all_reduce(t.data)

@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import fmean as mean, stdev
 from typing import Annotated, Literal, get_type_hints
 
-# Threads that spin are faster on an idle machine, by a fifth; beside one busy core they are 3 to 20 times slower
+# Threads that spin are a fifth faster on an idle machine, and 3 to 20 times slower beside one busy core
 if hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 4:  # of the last minute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it as it is imported
 import torch
@@ -280,7 +280,8 @@ class Bar:
 
     def step(self, tokens, stats):
         """So many tokens were trained on; stats: each SAE's StepStats."""
-        self.stepping, now = self.seconds_each("steps", tokens, self.total), bt.StepStats(*map(mean, zip(*stats)))
+        self.stepping = self.seconds_each("steps", tokens, self.total)
+        now = bt.StepStats(*map(mean, zip(*stats)))
         self.tokens, self.training = tokens, tokens < self.total
         text = f"fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
         self.show(text, self.stepping, tokens, self.total, self.left())
@@ -511,7 +512,7 @@ def held_out_activations(sae: bt.SAE) -> torch.Tensor | None:
 
 # ---- Runs: SAEs trained side by side, what they write, how they continue ----
 
-SHARED = "d_model", "tokens", "eval_tokens", "max_norm", "device"  # what SAEs trained together share of Config
+SHARED = "d_model", "tokens", "eval_tokens", "max_norm", "device"  # what SAEs trained together share
 OWN = tuple(field.name for field in fields(bt.Config) if field.name not in SHARED)
 
 def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None, on_read=None):
@@ -522,8 +523,8 @@ def train_runs(configs, lm, folder, resume=False, on_step=None, on_context=None,
     hold what resume=True continues from, on a CPU bit for bit.
     Args: configs, {name: RunConfig}, which may differ in the fields of OWN; on_step, called after each of the
         largest batches with the tokens seen and a list of each SAE's StepStats; on_context, see
-        evaluate_runs; on_read, the same for tokens as the model reads them. If on_step, or on_read as a buffer
-        is filled, returns True, the run is saved and ends.
+        evaluate_runs; on_read, the same for tokens as the model reads them. If on_step, or on_read as a
+        buffer is filled, returns True, the run is saved and ends.
     Returns: None if it was ended so, else evaluate_runs' results, and of each "step_seconds", "dead" (share
         of latents at the end), "rare" (see is_rare) and, if others differ in their seed alone, "agreement".
     Raises: InputError if they cannot share a stream or the disk has no room; Unavailable for a folder in use
@@ -701,7 +702,7 @@ def write(path, text):
         bt.write_atomically(path, text.encode())
 
 def state_text(trainers):
-    """What a saved state belongs to: each run's fields, in the words of older versions, whose states go on here.
+    """What a saved state belongs to: each run's fields as older versions wrote them; their states go on here.
 
     It may go on on another device, and be older than some fields.
     """
@@ -823,9 +824,9 @@ def check_room(configs, folder):
 def evaluate_runs(saes, lm, held_out=None, on_context=None, densities=False):
     """JSON-ready: evaluate {folder: SAE}, all of one model and text, on its held-out text.
 
-    Args: held_out, token ids [n, T] and their activations [m, D], if they are at hand; on_context, called as cross-entropy is
-        measured with the number of contexts that are done and are to be done; densities, whether to keep
-        "feature_density", a number for each latent.
+    Args: held_out, token ids [n, T] and their activations [m, D], if they are at hand; on_context, called as
+        cross-entropy is measured with the number of contexts that are done and are to be done; densities,
+        whether to keep "feature_density", a number for each latent.
     """
     cfg, started = next(iter(saes.values())).config, time.perf_counter()
     if held_out is None:
@@ -842,7 +843,7 @@ def evaluate_runs(saes, lm, held_out=None, on_context=None, densities=False):
         theta = float(sae.processes.gather(sae.get_theta().detach()).mean())
         trained = sae.config.tokens if (Path(folder) / "metrics.jsonl").is_file() else None  # from Python
         results.append({"run": str(folder), "tokens": trained, "k": sae.config.k, "theta_value": theta,
-                        "eval_tokens": metrics.pop("tokens"), **metrics, "left_out": left_out})  # by the model
+                        "eval_tokens": metrics.pop("tokens"), **metrics, "left_out": left_out})
     seconds = round(time.perf_counter() - started, 2)
     return [{**result, "seconds": seconds} for result in results]
 
@@ -897,7 +898,7 @@ def latents(
              "fired there, {rarely_fired:,} on fewer than {} tokens.".format(
                  len(found["latents"]), len(sae.b_enc), run, top, **found))
     if find is not None and not found["latents"]:
-        about += f" None has {LEAST_SHARE:.0%} of its activation on tokens that are, as whole words, {find!r}."
+        about += f" None has {LEAST_SHARE:.0%} of its activation on tokens that are, as words, {find!r}."
     if html:
         bt.write_atomically(html, latents_page(about, found["latents"], contexts, lm.tokenizer).encode())
     if as_json:
@@ -1138,8 +1139,8 @@ def show_latent(latent, phrase=None):
 
 def show_text(found):
     """A line for each token of a text: how many latents are active, the rarest and the strongest of them."""
-    tell("How many latents of {run} are active on each token; the rarest (*), then the strongest, each with its "
-         "activation and the word it mostly fires on, in {tokens:,} held-out tokens.\n".format(**found))
+    tell("How many latents of {run} are active on each token; the rarest (*), then the strongest, each with "
+         "its activation and the word it mostly fires on, in {tokens:,} held-out tokens.\n".format(**found))
     for token in found["text"]:
         line = Text(short(token["token"]))
         line.truncate(14, overflow="ellipsis")
