@@ -2840,7 +2840,7 @@ def load_config(folder: Path) -> tuple[Config, Found, str]:
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that share an SAE's latents. One alone has all: sum_ gives back its tensor, gather one of [1, …]."""
+    """Those that share an SAE's latents. One alone has all: sum_ gives its tensor back, gather one more size."""
     rank: int = 0
     size: int = 1
 
