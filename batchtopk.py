@@ -1385,6 +1385,7 @@ def can_try(sae, centred, hint) -> bool:
     """Whether a step's search is try_largest: it needs kernels and a hint."""
     return has_kernels(centred) and sae.processes.size == 1 and (torch.is_tensor(hint) or hint > 0)
 
+@torch.no_grad()
 def try_largest(sae, centred, hint, n, dtype, per_row=False) -> StepEntries:
     """find_entries without a wait, and whether the result is right.
 

@@ -280,9 +280,9 @@ class Bar:
 
     def step(self, tokens, stats):
         """So many tokens were trained on; stats: each SAE's StepStats."""
+        self.tokens, self.training = tokens, tokens < self.total
         self.stepping = self.seconds_each("steps", tokens, self.total)
         now = bt.StepStats(*map(mean, zip(*stats)))
-        self.tokens, self.training = tokens, tokens < self.total
         text = f"fvu {now.fvu:.3f}  L0 {now.l0:.1f}  dead {now.dead:,.0f}"
         self.show(text, self.stepping, tokens, self.total, self.left())
 
