@@ -316,7 +316,7 @@ class Trainer:
     @torch.inference_mode(False)  # tensors that are made in it cannot be changed later
     def __init__(self, cfg: Config, sae: SAE | None = None):  # by default a new one
         self.cfg, self.device = cfg, resolve_device(cfg.device)
-        self.sae = (make_sae(cfg) if sae is None else sae).to(self.device).requires_grad_()
+        self.sae = sae_for(cfg, sae).to(self.device).requires_grad_()
         self.tokens_seen, self.steps = 0, 0  # steps: of the present selection, for θ's average
         self.x_std = self.variance = 0.0  # deviation per coordinate; variance summed over D; 0: not known yet
         self.last_threshold = 0.0  # of the last batch: the sparse step's search begins near it
@@ -535,6 +535,15 @@ def check_kind(cfg: Config, sae: SAE) -> Config:
 def make_sae(cfg: Config) -> SAE:
     """A new SAE of the class for cfg."""
     return SAES[cfg.activation](cfg)
+
+def sae_for(cfg: Config, sae: SAE | None) -> SAE:
+    """The SAE, which gets this configuration, or a new one. InputError if it is of another kind or size."""
+    if sae is None:
+        return make_sae(cfg)
+    fits = (sae.config.n_latents, sae.config.d_model) == (cfg.n_latents, cfg.d_model)
+    check(fits, f"the SAE has {sae.config.n_latents} latents of width {sae.config.d_model}, unlike its new config")
+    sae.config = check_kind(cfg, sae)
+    return sae
 
 def loss(sae: SAE, x: Tensor, selection: str = "batch") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """SAE.loss as a function."""
@@ -2841,7 +2850,7 @@ def load_config(folder: Path) -> tuple[Config, Found, str]:
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that share an SAE's latents. One alone has all: sum_ gives its tensor back, gather one more size."""
+    """Those that share an SAE's latents. One alone has all: sum_ returns its tensor, gather [1, …]."""
     rank: int = 0
     size: int = 1
 

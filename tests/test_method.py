@@ -790,6 +790,18 @@ def test_tokens_that_are_too_large_are_left_out_and_the_sae_keeps_their_limit(pl
     trainer.step(x[:64])  # which takes what it is given
     assert seen[-1] == norm[5] and not trainer.sae.found.norm_limit
 
+def test_a_loaded_sae_is_trained_on_by_another_configuration(planted_sae, planted, tmp_path):
+    planted_sae.save(tmp_path)
+    cfg = dataclasses.replace(planted_sae.config, tokens=256 * 8, lr=1e-3, topk_start=0, k=3)
+    for changes in (dict(step="plain"), {}):
+        trainer = bt.Trainer(dataclasses.replace(cfg, **changes), bt.SAE.load(tmp_path))
+        stats = [trainer.step(planted.batch(256, i)) for i in range(8)]
+        assert stats[0].fvu < 0.4 and stats[-1].l0 == 3, "it begins where the other ended"
+        assert (trainer.sae.W_dec - planted_sae.W_dec).abs().max() > 1e-4
+    for changes in (dict(n_latents=60), dict(activation="topk")):
+        with pytest.raises(bt.InputError, match="latents of width 48, unlike|make_sae"):
+            bt.Trainer(dataclasses.replace(cfg, **changes), bt.SAE.load(tmp_path))
+
 def test_exactly_the_asked_tokens_are_trained_on(planted, monkeypatch):
     seen, step = [], bt.Trainer.step
     monkeypatch.setattr(bt.Trainer, "step", lambda trainer, x: (seen.append(len(x)), step(trainer, x))[1])
