@@ -541,7 +541,7 @@ def sae_for(cfg: Config, sae: SAE | None) -> SAE:
     if sae is None:
         return make_sae(cfg)
     fits = (sae.config.n_latents, sae.config.d_model) == (cfg.n_latents, cfg.d_model)
-    check(fits, f"the SAE has {sae.config.n_latents} latents of width {sae.config.d_model}, unlike its new config")
+    check(fits, f"the SAE has {sae.config.n_latents} latents of width {sae.config.d_model}; give these")
     sae.config = check_kind(cfg, sae)
     return sae
 

@@ -799,7 +799,7 @@ def test_a_loaded_sae_is_trained_on_by_another_configuration(planted_sae, plante
         assert stats[0].fvu < 0.4 and stats[-1].l0 == 3, "it begins where the other ended"
         assert (trainer.sae.W_dec - planted_sae.W_dec).abs().max() > 1e-4
     for changes in (dict(n_latents=60), dict(activation="topk")):
-        with pytest.raises(bt.InputError, match="latents of width 48, unlike|make_sae"):
+        with pytest.raises(bt.InputError, match="latents of width 48; give these|make_sae"):
             bt.Trainer(dataclasses.replace(cfg, **changes), bt.SAE.load(tmp_path))
 
 def test_exactly_the_asked_tokens_are_trained_on(planted, monkeypatch):
