@@ -894,9 +894,11 @@ def latents(
         found = {"run": str(run), **describe_text(sae, lm, contexts, read_text(text))}
         return print(json.dumps(found)) if as_json else show_text(found)
     found = describe_latents(sae, lm, contexts, numbers, count, top, find)
-    about = ("{} of {:,} latents of {} on {tokens:,} held-out tokens; of the others {never_fired:,} never "
-             "fired there, {rarely_fired:,} on fewer than {} tokens.".format(
-                 len(found["latents"]), len(sae.b_enc), run, top, **found))
+    shown, silent, rare = len(found["latents"]), found["never_fired"], found["rarely_fired"]
+    about = f"{shown} of {len(sae.b_enc):,} latents of {run} on {found['tokens']:,} held-out tokens"
+    if silent or rare:
+        about += f"; of the others {silent:,} never fired there, {rare:,} on fewer than {top}"
+    about += "."
     if find is not None and not found["latents"]:
         about += f" None has {LEAST_SHARE:.0%} of its activation on tokens that are, as words, {find!r}."
     if html:
