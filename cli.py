@@ -1030,13 +1030,16 @@ def read_text(text):
     with contextlib.nullcontext(sys.stdin) if text == "-" else bt.open_text(text) as file:
         return file.read()
 
+TEXT_CONTEXTS = 128  # are read at most to describe what a text's latents mostly fire on: more would take long
+
 @torch.no_grad()
 def describe_text(sae, lm, contexts, text):
     """What is active on each token of a text, read in contexts of its own as in training; JSON-ready.
 
-    Densities of latents, and the words that they mostly fire on, are those on `contexts` [n, T] of token ids.
+    Densities, and words that latents mostly fire on, are those on some of contexts [n, T] of token ids.
     """
-    n_tokens, active, shares = read_activity(sae, lm, contexts)
+    few = contexts[:: math.ceil(len(contexts) / TEXT_CONTEXTS)]
+    n_tokens, active, shares = read_activity(sae, lm, few)
     begin = bt.begin_token(lm.tokenizer) if sae.config.prepend_bos else []
     [ids], size, tokens = bt.tokenise(lm.tokenizer, iter([text])), sae.config.context - len(begin), []
     if not ids:
