@@ -444,6 +444,21 @@ def test_kernels_that_give_wrong_results_are_not_used(name, monkeypatch):
         assert not bt.has_kernels(torch.ones(1)) and not bt.has_kernels(torch.ones(1))
     assert sum("Triton" in str(warning.message) for warning in said) == 1, "said once"
 
+@pytest.mark.parametrize("a, b", [("mean_enc", "square_enc"), ("factor_enc", "factor_dec"), ("g", "c"),
+                                  ("aux_enc", "aux_dec"), ("value", "d_value"), ("mean_b", "square_b")])
+def test_two_arguments_of_the_update_that_are_swapped_are_noticed(a, b, monkeypatch):
+    """It has 37. They are given by name, but a kernel that names them wrongly would train wrongly."""
+    launch = bt.launch
+
+    def swapped(kernel, grid, out, *arguments, **options):
+        if kernel.fn.__name__ == "update_kernel":
+            options |= {a: options[b], b: options[a]}
+        return launch(kernel, grid, out, *arguments, **options)
+    monkeypatch.setattr(bt, "launch", swapped)
+    monkeypatch.setattr(bt, "kernels_work", {})
+    with pytest.warns(UserWarning, match="Triton does not work on cpu .*something else in "):
+        assert not bt.has_kernels(torch.ones(1))
+
 class Graph(TorchDispatchMode):
     """A CUDA graph for a CPU: what is launched while it is open, launched again into the same tensors."""
     fault = None  # what goes wrong: see the test
