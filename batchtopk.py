@@ -13,7 +13,7 @@ TopK SAEs keep k latents for every token. Here tokens that need more get more, a
 W_dec have norm 1, so dropping an active entry z moves its token's reconstruction by the distance z: keeping
 the k·B largest entries costs least. A run begins as TopK, which finds directions better (Config.topk_start).
 
-    sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of tensors [n, 512]
+    sae = train(Config(d_model=512, n_latents=4096, k=32), batches)      # any iterable of shuffled tensors
     f = sae.encode(x)                                                    # [..., 512] -> [..., 4096]
 
 Part one is the method. With step="plain" it needs of part two only the helpers at its start, to save and load

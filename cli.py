@@ -477,7 +477,7 @@ def export(
     run: Run,
     out_path: Annotated[Path | None, Option("--out", metavar="", help="Path; by default in the run.")] = None,
     format: choice(bt.FORMATS, "what to write") = "torchscript",
-    dtype: choice(("float32", "float16"), "precision of the weights") = "float32",
+    dtype: choice(("float32", "float16"), "precision of the weights of a TorchScript file") = "float32",
     force: Annotated[bool, Option("--force", metavar="", help="Replace what lies there.")] = False,
     as_json: Json = False,
 ):

@@ -261,7 +261,7 @@ def test_torchs_default_dtype_changes_nothing(dtype, activation, planted, defaul
     assert dtypes[0] == dtypes[1]
 
 CHOICES = {  # README's table: what its columns "paper" and "here" say for values of fields
-    "input": {"normalize": {"token": "each token standardised", "scale": "one scale for all"}},
+    "input": {"normalize": {"token": "each token standardised", "scale": "as it is"}},
     "b_dec, W_enc": {"init": {"authors": "zero, smaller", "data": "the data's mean, equal to W_dec"}},
     "batch, learning rate": {
         "batch_size": {4096: "4096, ", 512: "512, "},
