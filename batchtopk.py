@@ -1125,14 +1125,15 @@ def update_block_(trainer, new, first, learning):
     latents = latents if most else latents[learning]
     resting = (~learning).nonzero().squeeze(1)
     for name, g in latent_gradients(new, latents, stop):
-        if not most:
+        if most:
+            block = [t[first:stop] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
+            before = [t.index_select(0, resting) for t in block]
+            trainer.adam_(name, g, *block)
+            for rows, old in zip(block, before):
+                rows.index_copy_(0, resting, old)
+        else:
             trainer.update_rows_(name, g, latents)
-            continue
-        block = [t[first:stop] for t in (getattr(trainer.sae, name).data, *trainer.adam[name])]  # views
-        before = [t.index_select(0, resting) for t in block]
-        trainer.adam_(name, g, *block)
-        for rows, old in zip(block, before):
-            rows.index_copy_(0, resting, old)
+        del g  # before the next is made
 
 def latent_gradients(new, latents, stop):
     """(name of a parameter, gradient of its rows) for ascending latents [r] below `stop`, one at a time, so
