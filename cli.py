@@ -647,7 +647,10 @@ def train_trainers(trainers, seconds, cfg, lm, folder, probe, on_step, on_read):
         write(folder / name / "config.json", bt.config_json(trainer.cfg, trainer.sae.found))
     saved, every, total = time.monotonic(), cfg.checkpoint_tokens or cfg.tokens, lm.processes.total
     now = functools.partial(clock, lm.device) if len(trainers) > 1 else time.perf_counter  # waits take time
-    any_stops = lambda *n: total(bool(on_read and on_read(*n)))  # noqa: E731
+
+    def any_stops(*read):
+        return total(bool(on_read and on_read(*read)))
+
     with contextlib.closing(bt.activation_batches(cfg, lm, at, any_stops)) as batches:
         while tokens < cfg.tokens:
             try:
@@ -708,16 +711,16 @@ def state_text(trainers):
     """
     texts = []
     for name, trainer in trainers.items():
-        cfg, found, own = trainer.cfg, trainer.sae.found, []
-        for field in fields(cfg):
-            before = {"device": "auto", "model_batch": found.pass_contexts}
-            if field.name == "prepend_bos":
-                before["prepend_bos"] = bt.begins(trainer.sae)
-            if field.name == "model_batch":
-                own += [f"max_norm={cfg.max_norm!r}", f"norm_limit={found.norm_limit!r}"]
-            if field.name != "max_norm":
-                own.append(f"{field.name}={before.get(field.name, getattr(cfg, field.name))!r}")
-        texts.append(f"{name!r}: {type(cfg).__name__}({', '.join(own)})")
+        cfg, found = trainer.cfg, trainer.sae.found
+        names, values = [field.name for field in fields(cfg) if field.name != "max_norm"], vars(cfg).copy()
+        values["device"] = "auto"
+        if isinstance(cfg, bt.RunConfig):  # in which what was found stood beside what was asked
+            values |= {"prepend_bos": bt.begins(trainer.sae), "norm_limit": found.norm_limit,
+                       "model_batch": found.pass_contexts}
+            place = names.index("model_batch")
+            names[place:place] = "max_norm", "norm_limit"
+        said = ", ".join(f"{each}={values[each]!r}" for each in names)
+        texts.append(f"{name!r}: {type(cfg).__name__}({said})")
     text = f"{{{', '.join(texts)}}}"
     for name, value in (("topk_start", 0.0), ("decoder_lr", 2)):  # what states of before them mean
         text = text.replace(f", {name}={value}", "")
@@ -896,11 +899,11 @@ def latents(
     found = describe_latents(sae, lm, contexts, numbers, count, top, find)
     shown, silent, rare = len(found["latents"]), found["never_fired"], found["rarely_fired"]
     about = f"{shown} of {len(sae.b_enc):,} latents of {run} on {found['tokens']:,} held-out tokens"
-    if silent or rare:
+    if find is not None and not shown:
+        about += f": none has {LEAST_SHARE:.0%} of its activation on tokens that are, as words, {find!r}"
+    elif silent or rare:
         about += f"; of the others {silent:,} never fired there, {rare:,} on fewer than {top}"
     about += "."
-    if find is not None and not found["latents"]:
-        about += f" None has {LEAST_SHARE:.0%} of its activation on tokens that are, as words, {find!r}."
     if html:
         bt.write_atomically(html, latents_page(about, found["latents"], contexts, lm.tokenizer).encode())
     if as_json:

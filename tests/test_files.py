@@ -142,6 +142,21 @@ def test_a_resumed_trainer_is_the_trainer(planted, tmp_path, activation):
         with pytest.raises(bt.InputError, match=said):
             cli.load_state_(tmp_path, {"": bt.Trainer(dataclasses.replace(cfg, **changes))}, {})
 
+BEFORE_FOUND = """{'a': RunConfig(d_model=256, n_latents=4096, k=32, activation='batchtopk', topk_start=0.6,
+normalize='scale', init='data', tokens=1000000, batch_size=512, lr=0.0, beta1=0.5, beta2=0.9, warmup=0.02,
+decay=0.6, aux_k=512, aux_coef=0.03125, dead_tokens=20480, step='sparse', encoder_dtype='auto',
+eval_tokens=65536, seed=0, device='auto', model='tiny-gpt2', layer=1, site='resid_pre', module='',
+model_dtype='auto', dataset='stdlib', dataset_config='', text_column='text', context=128, prepend_bos=False,
+skip_special=True, max_norm=4, norm_limit=1222.5, model_batch=32, buffer_tokens=131072, passes=1,
+ce_contexts=128, checkpoint_minutes=10, checkpoint_tokens=0)}"""
+
+def test_states_of_before_what_a_run_finds_stood_apart_go_on():
+    """As commit 0748c89 wrote it: a state whose text is another is refused, and the run is lost."""
+    cfg = bt.RunConfig.preset("tiny", d_model=256, prepend_bos=True, buffer_tokens=131_072, device="cpu")
+    sae = types.SimpleNamespace(config=cfg, found=bt.Found(1222.5, False, 32))
+    text = cli.state_text({"a": types.SimpleNamespace(cfg=cfg, sae=sae)})
+    assert text == BEFORE_FOUND.replace("\n", " ")
+
 def test_a_trainer_has_nothing_that_its_state_lacks():
     """Bug waiting to happen: what is added to a trainer and not to the list of what is saved is lost."""
     trainer = bt.Trainer(bt.Config(d_model=4, n_latents=8, k=1, device="cpu"))
